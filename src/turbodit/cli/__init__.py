@@ -1,0 +1,79 @@
+"""The command line: `turbodit generate` and `turbodit doctor`.
+
+Nothing here imports torch before a command runs. Results go to stdout, everything else to
+stderr. A mistake of the user's is one line and exit status 2; Ctrl-C is status 130.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from tyro.conf import FlagCreatePairsOff, subcommand
+
+from turbodit import __version__
+from turbodit.cli.generate import Generate
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Say what is installed, which devices there are, and what runs on them."""
+
+    json: bool = False
+    """Print the findings as JSON."""
+    debug: bool = False
+    """Show the traceback of errors."""
+
+    def run(self) -> None:
+        from turbodit import doctor
+
+        findings = doctor.diagnose()
+        if self.json:
+            print(json.dumps(findings))
+        else:
+            doctor.show(findings, Console())
+
+
+Command = Annotated[Generate, subcommand("generate")] | Annotated[Doctor, subcommand("doctor")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments) == ["--version"]:
+        print(f"turbodit {__version__}")
+        return 0
+    command = tyro.cli(
+        Command,
+        prog="turbodit",
+        description="Wan video diffusion made fast. `turbodit --version` prints the version.",
+        args=arguments,
+        config=(FlagCreatePairsOff,),
+    )
+    try:
+        command.run()
+    except KeyboardInterrupt:
+        return _fail("interrupted; finished videos are kept, nothing is half-written", INTERRUPTED)
+    except (ValueError, OSError) as error:
+        if command.debug:
+            raise
+        return _fail(str(error), USER_ERROR)
+    except RuntimeError as error:
+        # torch.OutOfMemoryError, by name: importing torch only to catch it would be slow.
+        if command.debug or type(error).__name__ != "OutOfMemoryError":
+            raise
+        hint = "try --offload model or sequential, --vae-tiling, fewer frames or a smaller size"
+        return _fail(f"{error}\n{hint}", USER_ERROR)
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"turbodit: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,278 @@
+"""Train the SpriteWan teacher: flow matching on text-to-video and image-to-video at once.
+
+    python -m turbodit.spritewan.train_teacher --out runs/teacher \
+        --vae runs/vae/vae --text-encoder runs/text/text_encoder --tokenizer runs/text/tokenizer
+
+The loss is rectified flow's (arXiv:2209.03003): ||v - (noise - x0)||^2 at
+x_t = (1-t) x0 + t noise. The TI2V form of Wan 2.2 makes one model of both tasks: in a share
+of the samples the first latent frame stays clean, with time 0 there and no loss on it.
+
+Every random draw of a step is seeded by the step's number, and the clips it may see are
+numbered, so a run that was stopped and started again goes on as if it never stopped. With
+`torchrun --nproc-per-node N -m turbodit.spritewan.train_teacher ...` N devices share the
+work, each with a batch and clips of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch.utils.data import DataLoader, Dataset
+
+from turbodit.checkpoints import save_transformer
+from turbodit.config import PRESETS
+from turbodit.model.wan import WanModel
+from turbodit.noise_schedule import shift_time
+from turbodit.spritewan.state import Clock, StageLog
+from turbodit.spritewan.train_vae import to_signed
+from turbodit.spritewan.trainer import Trainer, learning_rate
+from turbodit.spritewan.world import FRAMES, HELD_OUT, SIZE, Scene, render, scene
+from turbodit.text_encoder import TextEncoder
+from turbodit.vae import VideoVAE
+
+CONFIG = PRESETS["spritewan"]
+ENCODE_BATCH = 64  # clips rendered and encoded at once
+WARMUP_STEPS = 300
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of one training run."""
+
+    out: Path
+    vae: Path
+    text_encoder: Path
+    tokenizer: Path
+    minutes: float = 9.0  # of this run; a later run with the same command goes on
+    total_minutes: float = 9.0  # over all runs: the learning rate falls along them
+    batch: int = 256  # of each device
+    lr: float = 1e-3
+    caption_dropout: float = 0.1
+    image_share: float = 0.3  # samples trained as image-to-video
+    time_shift: float = 3.0
+    ema_decay: float = 0.999
+    first_clips: int = 16_384  # encoded before the first step
+    max_clips: int = 131_072  # kept; older ones make room
+    clips_per_step: int = 2  # new ones, so that no clip is seen too often
+    save_minutes: float = 3.0
+    log_steps: int = 50
+    seed: int = 0
+    workers: int = 8
+    device: str = "cuda"
+    compile: bool = True
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among all that train together."""
+
+    index: int = 0
+    count: int = 1
+
+    def agree(self, seconds: float, device: torch.device) -> float:
+        """The time on process 0's clock: all must take the same rate and stop together."""
+        if self.count == 1:
+            return seconds
+        said = torch.tensor(seconds, dtype=torch.float64, device=device)
+        dist.broadcast(said, src=0)
+        return said.item()
+
+
+@dataclass(frozen=True)
+class _Scenes(Dataset[Scene]):
+    """This process's training clips, from number `start` on: every `count`-th of all."""
+
+    start: int
+    rank: Rank
+
+    def __len__(self) -> int:
+        return HELD_OUT // self.rank.count - self.start
+
+    def __getitem__(self, index: int) -> Scene:
+        return scene((self.start + index) * self.rank.count + self.rank.index)
+
+
+class LatentBuffer:
+    """The newest clips as latents and text embeddings, on the device.
+
+    Clip numbers run on without a gap: after `grow(n)` the buffer holds the last `capacity`
+    clips before number n, whatever restarts lay between.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        rank: Rank,
+        device: torch.device,
+        vae: VideoVAE,
+        text: TextEncoder,
+    ) -> None:
+        self.vae, self.text, self.rank, self.device = vae, text, rank, device
+        self.workers = options.workers
+        capacity = options.max_clips
+        dit = CONFIG.transformer
+        self.latents = torch.empty(
+            (capacity, *CONFIG.latent_shape(FRAMES, SIZE, SIZE)),
+            dtype=torch.bfloat16,
+            device=self.device,
+        )
+        self.context = torch.empty(
+            (capacity, dit.text_len, dit.text_dim), dtype=torch.bfloat16, device=self.device
+        )
+        self.next_clip = 0
+        self.size = 0
+
+    def fill(self, until: int) -> None:
+        """Start: the last `capacity` clips before number `until` (a multiple of the batch)."""
+        self.next_clip = max(0, until - len(self.latents))
+        loader = DataLoader(
+            _Scenes(self.next_clip, self.rank),
+            batch_size=ENCODE_BATCH,
+            num_workers=self.workers,
+            collate_fn=list,
+            prefetch_factor=8 if self.workers else None,
+        )
+        self.scenes: Iterator[list[Scene]] = iter(loader)
+        self.grow(until)
+
+    @torch.no_grad()
+    def grow(self, until: int) -> None:
+        """Encode the clips up to number `until`, each in the place of the oldest one."""
+        while self.next_clip < until:
+            scenes = next(self.scenes)
+            slot = self.next_clip % len(self.latents)
+            rows = slice(slot, slot + ENCODE_BATCH)
+            video = render(scenes, self.device)
+            self.latents[rows] = self.vae.encode(to_signed(video)).bfloat16()
+            self.context[rows] = self.text.encode([s.caption for s in scenes]).bfloat16()
+            self.next_clip += ENCODE_BATCH
+            self.size = min(self.size + ENCODE_BATCH, len(self.latents))
+
+    def sample(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """`count` random clips: latents (B,C,T,H,W) float32 and context (B,Lt,D) float32."""
+        age = torch.randint(self.size, (count,), generator=generator, device=self.device)
+        rows = (self.next_clip - 1 - age) % len(self.latents)
+        return self.latents[rows].float(), self.context[rows].float()
+
+
+def flow_matching_loss(
+    model: torch.nn.Module,
+    latents: torch.Tensor,
+    context: torch.Tensor,
+    options: Options,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Mean squared error of the velocity over the frames that are noisy; scalar."""
+    batch, _, frames, _, _ = latents.shape
+    device = latents.device
+    noise = torch.randn(latents.shape, generator=generator, device=device)
+    # Stratified times: the same spread in every batch makes the gradient quieter.
+    offsets = torch.rand(batch, generator=generator, device=device)
+    t = shift_time((torch.arange(batch, device=device) + offsets) / batch, options.time_shift)
+    t = t[:, None].expand(batch, frames)
+    keep_first = torch.rand(batch, generator=generator, device=device) < options.image_share
+    clean = torch.zeros(batch, frames, dtype=torch.bool, device=device)
+    clean[:, 0] = keep_first
+    t = t.masked_fill(clean, 0.0)
+    mix = t[:, None, :, None, None]
+    velocity = model((1 - mix) * latents + mix * noise, t, context).float()
+    error = (velocity - (noise - latents)).square().mean(dim=(1, 3, 4))
+    return error[~clean].mean() if clean.any() else error.mean()
+
+
+def train(options: Options) -> None:
+    """Train until the minutes are over, then export `<out>/transformer` (bf16)."""
+    clock = Clock(options.minutes)
+    rank, device = _join(options)
+    log = StageLog(options.out / "log.jsonl") if rank.index == 0 else None
+    model = WanModel(CONFIG.transformer)
+    model.init_weights(torch.Generator().manual_seed(options.seed))
+    trainer = Trainer(
+        model.to(device), options.out / "state", betas=(0.9, 0.98), ema=options.ema_decay
+    )
+    seconds_before = trainer.info.get("seconds", 0.0)
+    if log:
+        settings = {name: str(value) for name, value in asdict(options).items()}
+        log.write(event="start", step=trainer.step, devices=rank.count, options=settings)
+    buffer = LatentBuffer(options, rank, device, *_encoders(options, device))
+    dropped = buffer.text.encode([""]).float()
+    buffer.fill(until=_clips_wanted(trainer.step, options))
+    if log:
+        log.write(event="encoded", clips=buffer.size, seconds=clock.seconds)
+    if options.compile:
+        for block in model.blocks:
+            block.compile()
+    now = last_save = rank.agree(clock.seconds, device)
+    while now < 60 * options.minutes:
+        step = trainer.step
+        buffer.grow(until=_clips_wanted(step, options))
+        seed = (options.seed << 40) + step * rank.count + rank.index
+        generator = torch.Generator(device).manual_seed(seed)
+        latents, context = buffer.sample(options.batch, generator)
+        drop = torch.rand(options.batch, generator=generator, device=device)
+        context = torch.where((drop < options.caption_dropout)[:, None, None], dropped, context)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = flow_matching_loss(model, latents, context, options, generator)
+        share = (seconds_before + now) / (60 * options.total_minutes)
+        lr = learning_rate(options.lr, step, WARMUP_STEPS, share)
+        norm = trainer.update(loss, lr)
+        if step % options.log_steps:
+            continue
+        if not loss.isfinite():
+            raise FloatingPointError(f"loss is {loss.item()} at step {step}")
+        now = rank.agree(clock.seconds, device)
+        if log:
+            log.write(
+                step=step,
+                loss=loss.detach(),
+                gradient_norm=norm,
+                lr=lr,
+                clips=buffer.next_clip,
+                seconds=now,
+            )
+            if now - last_save > 60 * options.save_minutes:
+                trainer.save(seconds=seconds_before + now)
+                last_save = now
+    if log:
+        trainer.save(seconds=seconds_before + now)
+        teacher = trainer.averaged().bfloat16()
+        save_transformer(teacher, options.out / "transformer", max_shard_size="15MB")
+        log.write(event="stop", step=trainer.step, seconds=clock.seconds)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(options: Options) -> tuple[Rank, torch.device]:
+    """Join the other processes that torchrun started, if it did; this one's place and device."""
+    if not dist.is_torchelastic_launched():
+        return Rank(), torch.device(options.device)
+    dist.init_process_group()
+    rank = Rank(dist.get_rank(), dist.get_world_size())
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", rank.index)
+        torch.cuda.set_device(device)
+    return rank, device
+
+
+def _encoders(options: Options, device: torch.device) -> tuple[VideoVAE, TextEncoder]:
+    vae = VideoVAE.from_pretrained(options.vae, dtype=torch.bfloat16, device=device)
+    text = TextEncoder.from_pretrained(
+        options.text_encoder, options.tokenizer, CONFIG.transformer.text_len, device=device
+    )
+    return vae, text
+
+
+def _clips_wanted(step: int, options: Options) -> int:
+    """Number of clips that have been made by `step`, a multiple of the encoder's batch."""
+    clips = options.first_clips + step * options.clips_per_step
+    return clips // ENCODE_BATCH * ENCODE_BATCH
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Options))

@@ -1,0 +1,129 @@
+"""What the training stages of the small networks share: updates, their state, export."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from turbodit.spritewan.state import load_state, save_state
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Trainer(Generic[Model]):
+    """Updates `model` and keeps an exponential moving average of its parameters.
+
+    Everything needed to go on bit for bit is in `folder` after `save`; a trainer made with
+    the same arguments finds it there.
+
+    Attributes:
+        step: number of updates so far.
+        info: what the last `save` was given, empty for a fresh start.
+    """
+
+    def __init__(self, model: Model, folder: Path, betas: tuple[float, float], ema: float) -> None:
+        self.model = model
+        self.folder = folder
+        self.ema_decay = ema
+        self.params = list(model.parameters())
+        self.average = [p.detach().clone() for p in self.params]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in self.params if p.ndim > 1], "weight_decay": 0.01},
+                {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            betas=betas,
+            fused=self.params[0].is_cuda,
+        )
+        self.step = 0
+        self.info: dict[str, Any] = {}
+        self._resume()
+
+    def update(self, loss: torch.Tensor, lr: float) -> torch.Tensor:
+        """One optimizer step down the gradient of `loss`; its norm before clipping to 1."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        _average_gradients(self.params)
+        norm = nn.utils.clip_grad_norm_(self.params, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        # Early averages would remember the random start: the window grows with the steps.
+        decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.params], 1 - decay)
+        self.step += 1
+        return norm
+
+    def averaged(self) -> Model:
+        """A copy of the model with the averaged weights, in evaluation mode."""
+        model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        for p, average in zip(model.parameters(), self.average, strict=True):
+            p.copy_(average)
+        return model
+
+    def save(self, **info: Any) -> None:
+        """Write the whole state; `info` is JSON and comes back as the attribute."""
+        tensors: dict[str, torch.Tensor] = {}
+        for (name, p), average in zip(self.model.named_parameters(), self.average, strict=True):
+            tensors[f"model.{name}"] = p
+            tensors[f"average.{name}"] = average
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"{key}.{name}"] = value
+        save_state(self.folder, tensors, {"trainer_step": self.step, **info})
+
+    @torch.no_grad()
+    def _resume(self) -> None:
+        loaded = load_state(self.folder)
+        if loaded is None:
+            return
+        tensors, self.info = loaded
+        self.step = self.info.pop("trainer_step")
+        for (name, p), average in zip(self.model.named_parameters(), self.average, strict=True):
+            p.copy_(tensors[f"model.{name}"])
+            average.copy_(tensors[f"average.{name}"])
+            if f"exp_avg.{name}" in tensors:  # absent where no update has been made yet
+                # A fused optimizer counts its steps on the device, a plain one on the CPU.
+                count_device = p.device if p.is_cuda else "cpu"
+                self.optimizer.state[p] = {
+                    "step": tensors[f"step.{name}"].to(count_device),
+                    "exp_avg": tensors[f"exp_avg.{name}"].to(p.device),
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(p.device),
+                }
+
+
+def _average_gradients(params: list[nn.Parameter]) -> None:
+    """Each gradient becomes its mean over all processes, in one all-reduce."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in params if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        g.copy_(mean.view_as(g))
+
+
+def learning_rate(peak: float, step: int, warmup: int, share: float) -> float:
+    """Linear warm-up over `warmup` steps; a cosine to 1 % over the `share` of the time used."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    return peak * min(1.0, (step + 1) / warmup) * max(cosine, 0.01)
+
+
+def save_pretrained(part: Any, folder: Path) -> None:
+    """Write a part's own folder, in files of at most 15 MB, each complete before it is in place.
+
+    `part` is any object with the `save_pretrained` of diffusers and transformers.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    part.save_pretrained(partial, max_shard_size="15MB")
+    folder.mkdir(exist_ok=True)
+    for path in partial.iterdir():
+        os.replace(path, folder / path.name)
+    partial.rmdir()

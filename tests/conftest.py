@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests that need GPUs are skipped, with the reason, where there are too few of them."""
+    needed = 2 if item.get_closest_marker("multi_gpu") else 1
+    if item.get_closest_marker("gpu") or item.get_closest_marker("multi_gpu"):
+        import torch
+
+        if torch.cuda.device_count() < needed:
+            pytest.skip(f"needs {needed} CUDA device(s), found {torch.cuda.device_count()}")

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.tiny_models import tiny_diffusers_folder
+
+from turbodit.pipeline import Pipeline
+from turbodit.request import GenerationRequest
+
+SMALL = {"width": 64, "height": 32, "frames": 5, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_diffusers_folder(tmp_path_factory.mktemp("models") / "tiny", "ti2v")
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return Pipeline.from_pretrained(folder, device="cpu")
+
+
+@pytest.fixture
+def image():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_text_to_video(pipe):
+    video = pipe("a red fox", seed=3, **SMALL)
+    assert video.frames.shape == (5, 32, 64, 3)
+    assert (video.prompt, video.seed, video.fps) == ("a red fox", 3, 16)
+    assert video.settings["steps"] == 2
+    assert video.settings["model"] == pipe.model.name
+    assert set(video.timings) == {"text", "denoise", "decode", "denoise_step"}
+    assert pipe.peak_memory is None  # a GPU's
+    again = pipe("a red fox", seed=3, **SMALL)
+    np.testing.assert_array_equal(video.frames, again.frames)
+    assert (video.frames != pipe("a red fox", seed=4, **SMALL).frames).any()
+    assert (video.frames != pipe("a blue cat", seed=3, **SMALL).frames).any()
+
+
+@pytest.mark.parametrize("solver", ["unipc", "few-step"])
+def test_a_video_of_a_batch_equals_the_same_seed_alone(pipe, solver):
+    batch = pipe(["a cat", "a fox", "a car"], seed=5, solver=solver, **SMALL)
+    assert [video.seed for video in batch] == [5, 6, 7]
+    alone = pipe("a car", seed=7, solver=solver, **SMALL)
+    # Sums may be taken in another order for another batch size: one step of rounding.
+    difference = np.abs(batch[2].frames.astype(int) - alone.frames.astype(int))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+
+
+def test_several_videos_of_one_prompt(pipe):
+    videos = pipe("a cat", seed=5, num_videos=2, **SMALL)
+    assert [video.seed for video in videos] == [5, 6]
+
+
+@pytest.mark.parametrize("solver", ["euler", "few-step"])
+def test_image_to_video_keeps_the_first_frame(pipe, image, solver):
+    video = pipe("a cat", image=image, seed=0, solver=solver, **SMALL)
+    assert "image" in video.timings
+    # What the VAE makes of the image alone is what the first frame must be.
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+    coded = pipe.vae.decode(pipe.vae.encode(pixels))[0, :, 0].permute(1, 2, 0)
+    expected = ((coded + 1) * 127.5).round().numpy()
+    np.testing.assert_allclose(video.frames[0], expected, atol=1)
+
+
+def test_progress_reaches_the_end_of_every_stage(folder, image):
+    calls = []
+    pipe = Pipeline.from_pretrained(folder, device="cpu", progress=lambda *call: calls.append(call))
+    pipe("a cat", image=image, progress=lambda *call: calls.append(call), **SMALL)
+    stages = list(dict.fromkeys(stage for stage, _, _ in calls))
+    assert stages == ["load", "text", "image", "denoise", "decode"]
+    for stage in stages:
+        counts = [done for name, done, _ in calls if name == stage]
+        total = {total for name, _, total in calls if name == stage}
+        assert counts == list(range(counts[-1] + 1))
+        assert total == {counts[-1]}
+
+
+def test_the_unconditional_pass_is_not_run_without_guidance(pipe, monkeypatch):
+    network = pipe.transformers["transformer"]
+    calls = []
+    handle = network.register_forward_hook(lambda *_: calls.append(1))
+    pipe("a cat", guidance=1, **SMALL)
+    assert len(calls) == 2
+    pipe("a cat", guidance=2, **SMALL)
+    assert len(calls) == 2 + 4
+    handle.remove()
+
+
+@pytest.mark.parametrize("mode", ["model", "sequential"])
+def test_offloading_changes_nothing(folder, image, mode):
+    pipe = Pipeline.from_pretrained(folder, device="cpu")
+    expected = pipe("a cat", image=image, seed=1, **SMALL)
+    # Built by hand: from_pretrained refuses to offload where there is no GPU to keep free.
+    transformers = list(pipe.transformers.values())
+    (dit,) = transformers
+    vae = pipe.vae.model
+    parts = [pipe.text_encoder.model, vae.quant_conv, vae.post_quant_conv, dit.head, *dit.blocks]
+    homes = {part: next(part.parameters()).data_ptr() for part in parts}
+    moved = {}  # part -> whether its weights were copies elsewhere while it computed
+    for part in parts:
+        part.register_forward_hook(
+            lambda part, *_: moved.update({part: next(part.parameters()).data_ptr() != homes[part]})
+        )
+    offloaded = Pipeline(pipe.model, transformers, pipe.vae, pipe.text_encoder, offload=mode)
+    video = offloaded("a cat", image=image, seed=1, **SMALL)
+    np.testing.assert_array_equal(video.frames, expected.frames)
+    assert moved == dict.fromkeys(parts, True)
+
+
+def test_cached_prompts_need_no_text_encoder(folder, tmp_path, monkeypatch):
+    pipe = Pipeline.from_pretrained(folder, device="cpu", prompt_cache=tmp_path)
+    expected = pipe("a  cat", seed=1, **SMALL)
+
+    def forbidden(prompts):
+        raise AssertionError("text encoder was run")
+
+    encode = pipe.text_encoder.encode
+    monkeypatch.setattr(pipe.text_encoder, "encode", forbidden)
+    np.testing.assert_array_equal(pipe("a cat ", seed=1, **SMALL).frames, expected.frames)
+    for entry in tmp_path.iterdir():
+        entry.write_bytes(b"broken")
+    monkeypatch.setattr(pipe.text_encoder, "encode", encode)
+    with pytest.warns(UserWarning, match="damaged"):
+        np.testing.assert_array_equal(pipe("a cat", seed=1, **SMALL).frames, expected.frames)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe("a cat", seed=1, **SMALL)
+
+
+def test_what_is_cut_from_a_long_prompt_is_said(pipe):
+    # 511 words and the end token fill the 512 places.
+    with pytest.warns(UserWarning, match="last 4 characters have no effect: 'snow'"):
+        pipe("a " * 511 + "snow", **SMALL)
+
+
+def test_ctrl_c_leaves_a_working_pipeline(pipe):
+    def interrupt(stage, done, total):
+        if stage == "denoise":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe("a cat", progress=interrupt, **SMALL)
+    assert pipe("a cat", **SMALL).frames.shape == (5, 32, 64, 3)
+
+
+def test_values_that_are_not_finite_are_an_error(folder):
+    pipe = Pipeline.from_pretrained(folder, device="cpu")
+    pipe.transformers["transformer"].head.head.bias.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="float32"):
+        pipe("a cat", **SMALL)
+
+
+def test_resolve_is_open_to_callers(pipe):
+    settings = pipe.resolve(GenerationRequest("a cat", seed=2, **SMALL))
+    (video,) = pipe.generate(settings)
+    assert video.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda:99"}, "finds . CUDA devices"),
+        ({"device": "warp"}, "supported: cpu, cuda"),
+        ({"device": "meta"}, "supported: cpu, cuda"),
+        ({"device": "cpu", "offload": "model"}, "needs a GPU"),
+        ({"device": "cpu", "attention": "psychic"}, "supported: sdpa"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        Pipeline.from_pretrained(folder, **options)
+
+
+def test_unknown_option(pipe):
+    with pytest.raises(TypeError, match="num_frames"):
+        pipe("a cat", num_frames=5)
