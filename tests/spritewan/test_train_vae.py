@@ -59,6 +59,7 @@ def options(out: Path, steps: int) -> Options:
         total_minutes=1e12,
         batch=2,
         frames=5,
+        side=32,
         pool=4,
         evaluation_clips=2,
         device="cpu",
@@ -147,9 +148,9 @@ def test_a_pool_started_late_holds_the_same_clips() -> None:
     early.advance(10)
     late.advance(10)
     assert torch.equal(early.clips, late.clips)
-    window = early.sample(3, 5, torch.Generator().manual_seed(0))
+    window = early.sample(3, 5, 32, torch.Generator().manual_seed(0))
     assert window.shape == (3, 3, 5, 32, 32)
-    assert torch.equal(window, late.sample(3, 5, torch.Generator().manual_seed(0)))
+    assert torch.equal(window, late.sample(3, 5, 32, torch.Generator().manual_seed(0)))
 
 
 def test_picture_clips_pan_and_depend_on_the_seed_alone() -> None:

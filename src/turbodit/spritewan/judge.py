@@ -21,17 +21,29 @@ from turbodit.spritewan.world import BACKGROUNDS, MOTIONS, OBJECTS, Scene
 
 JUDGE = Path(__file__).parents[1] / "assets" / "spritewan" / "judge"
 MIN_FRAMES = 9
+MOTION_FLOOR = 1e-4  # energy under which a frame counts as still
+CHANGE_GAIN = 5.0  # or the little that changes over time drowns in what stays
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _LABELS = {"objects": OBJECTS, "motions": MOTIONS, "backgrounds": BACKGROUNDS}
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Shape of the judge: it sees `frames` frames of `size` x `size` pixels."""
+    """Shape of the judge: it sees `frames` frames of `size` x `size` pixels.
+
+    Attributes:
+        widths: channels of the residual stages, at strides of 2, 4, 8 and 8 pixels.
+        heads, head_width: of the look-outs that gather each frame's features.
+        time_width: channels of the stages over time.
+        features: width of the features.
+    """
 
     frames: int = 17
     size: int = 128
-    widths: tuple[int, int, int, int] = (32, 64, 128, 160)
+    widths: tuple[int, int, int, int] = (32, 64, 128, 128)
+    heads: int = 4
+    head_width: int = 32
+    time_width: int = 192
     features: int = 256
 
 
@@ -58,26 +70,28 @@ class Verdict:
 
 
 class Judge(nn.Module):
-    """Frames through a 2D residual trunk, which from a stride of 16 pixels on mixes time too."""
+    """Each frame through a 2D residual trunk, gathered into one vector; then 1D over time."""
 
     def __init__(self, config: JudgeConfig = JudgeConfig()) -> None:
         super().__init__()
         self.config = config
         a, b, c, d = config.widths
-        self.stem = nn.Sequential(
-            nn.Conv2d(6, a, 5, stride=2, padding=2, bias=False), _norm(a), nn.ReLU()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(6, a, 5, stride=2, padding=2, bias=False),
+            _norm(a),
+            nn.ReLU(),
+            ResidualBlock(a, a),
+            ResidualBlock(a, b, stride=2),
+            ResidualBlock(b, c, stride=2),
+            ResidualBlock(c, d),
         )
-        self.frame_blocks = nn.Sequential(
-            ResidualBlock(a, a), ResidualBlock(a, b, stride=2), ResidualBlock(b, c, stride=2)
-        )
-        self.time_blocks = nn.ModuleList(
-            (TimeBlock(c, stride=1), TimeBlock(c, stride=2), TimeBlock(d, stride=2))
-        )
-        self.space_blocks = nn.ModuleList(
-            (ResidualBlock(c, c), ResidualBlock(c, d, stride=2), nn.Identity())
-        )
+        self.gather = SpatialAttention(d, config.heads, config.head_width)
+        self.to_frame = nn.Linear(2 * self.gather.width, config.time_width)
+        self.over_time = nn.Sequential(*(TimeBlock(config.time_width, 2**i) for i in range(3)))
         self.to_features = nn.Sequential(
-            nn.Linear(2 * d, config.features), nn.LayerNorm(config.features), nn.GELU()
+            nn.Linear(2 * config.time_width, config.features),
+            nn.LayerNorm(config.features),
+            nn.GELU(),
         )
         self.object_head = nn.Linear(config.features, len(OBJECTS))
         self.motion_head = nn.Linear(config.features, len(MOTIONS))
@@ -107,26 +121,24 @@ class Judge(nn.Module):
 
     def forward(self, frames: Tensor) -> Verdict:
         """A verdict on prepared frames (B, t, 3, size, size)."""
-        batch = frames.shape[0]
         # What moves stands out from the clip's mean; backgrounds and what stays cancel.
         moving = frames - frames.mean(dim=1, keepdim=True)
-        x = (
-            torch.cat([frames, moving], dim=2)
-            .flatten(0, 1)
-            .contiguous(memory_format=torch.channels_last)
-        )
-        x = self.frame_blocks(self.stem(x))
-        for mix_time, mix_space in zip(self.time_blocks, self.space_blocks, strict=True):
-            x = mix_space(mix_time(x, batch))
-        x = x.unflatten(0, (batch, -1))
-        pooled = torch.cat([x.mean(dim=(1, 3, 4)), x.amax(dim=(1, 3, 4))], dim=-1)
-        features = self.to_features(pooled)
-        return Verdict(
-            self.object_head(features).float(),
-            self.motion_head(features).float(),
-            self.background_head(features).float(),
-            features.float(),
-        )
+        x = torch.cat([frames, moving], dim=2).flatten(0, 1)
+        x = self.trunk(x.contiguous(memory_format=torch.channels_last))
+        # The rest is small, and lives on differences that bfloat16 would round away.
+        with torch.autocast(frames.device.type, enabled=False):
+            x = self.gather(x.float(), _where_it_moves(moving, x.shape[-2:]))
+            x = x.unflatten(0, frames.shape[:2])
+            change = CHANGE_GAIN * (x - x.mean(dim=1, keepdim=True))
+            x = self.to_frame(torch.cat([x, change], dim=-1))
+            x = self.over_time(x.transpose(1, 2))
+            features = self.to_features(torch.cat([x.mean(dim=-1), x.amax(dim=-1)], dim=-1))
+            return Verdict(
+                self.object_head(features),
+                self.motion_head(features),
+                self.background_head(features),
+                features,
+            )
 
     @torch.no_grad()
     def predict(self, video: Tensor, batch: int = 16) -> Verdict:
@@ -138,6 +150,16 @@ class Judge(nn.Module):
         device = self.object_head.weight.device
         parts = [self(self.prepare(clips.to(device))) for clips in video.split(batch)]
         return Verdict.concatenate(parts)
+
+
+def _where_it_moves(moving: Tensor, size: Sequence[int]) -> Tensor:
+    """Differences (B, t, 3, H, W) to the clip's mean -> weights (B t, 1, *size) of the pixels.
+
+    They sum to 1 in each frame, and to nearly 0 where nothing moves.
+    """
+    energy = moving.square().mean(dim=2).flatten(0, 1)[:, None]
+    energy = F.adaptive_avg_pool2d(energy, (size[0], size[1])).square()
+    return energy / (energy.sum(dim=(2, 3), keepdim=True) + MOTION_FLOOR)
 
 
 def _norm(width: int) -> nn.GroupNorm:
@@ -165,24 +187,47 @@ class ResidualBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
-class TimeBlock(nn.Module):
-    """A convolution over three neighbouring frames around the identity.
+class SpatialAttention(nn.Module):
+    """Where to look, and what is there: (N, C, h, w) -> (N, width).
 
-    (B t, C, h, w) -> (B t', C, h, w), t' = ceil(t / stride).
+    Each head averages its own features over the pixels, and the pixels' coordinates and their
+    squares, that is place and extent. One head's weights are given, those of the others are
+    learned (spatial softmax, arXiv:1504.00702). Mean and maximum over all pixels stand for
+    the background.
     """
 
-    def __init__(self, width: int, stride: int) -> None:
+    def __init__(self, channels: int, heads: int, head_width: int) -> None:
         super().__init__()
-        self.stride = stride
-        self.conv = nn.Conv2d(width, width, (3, 1), stride=(stride, 1), padding=(1, 0), bias=False)
-        self.norm = _norm(width)
+        self.heads = heads
+        self.where = nn.Conv2d(channels, heads - 1, 1)
+        self.what = nn.Conv2d(channels, heads * head_width, 1)
+        self.width = heads * (head_width + 4) + 2 * channels
 
-    def forward(self, x: Tensor, batch: int) -> Tensor:
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        """`given` (N, 1, h, w): weights of the first head, at least 0, summing to at most 1."""
         height, width = x.shape[-2:]
-        # Time as the image's rows and all pixels as its columns: a 2D convolution again.
-        clip = x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(3)
-        mixed = F.relu(clip[:, :, :: self.stride] + self.norm(self.conv(clip)))
-        return mixed.transpose(1, 2).flatten(0, 1).unflatten(-1, (height, width))
+        learned = self.where(x).flatten(2).softmax(dim=-1)
+        weights = torch.cat([given.flatten(2), learned], dim=1)  # (N, heads, h w)
+        values = self.what(x).flatten(2).unflatten(1, (self.heads, -1))
+        seen = torch.einsum("nhp,nhcp->nhc", weights, values)
+        line_y = torch.linspace(-1, 1, height, device=x.device)
+        line_x = torch.linspace(-1, 1, width, device=x.device)
+        at = torch.stack(torch.meshgrid(line_y, line_x, indexing="ij")).flatten(1)
+        place = torch.einsum("nhp,cp->nhc", weights, torch.cat([at, at.square()]))
+        parts = (seen.flatten(1), place.flatten(1), x.mean(dim=(2, 3)), x.amax(dim=(2, 3)))
+        return torch.cat(parts, dim=-1)
+
+
+class TimeBlock(nn.Module):
+    """A convolution over three frames, `dilation` apart, around the identity: (B, C, t)."""
+
+    def __init__(self, width: int, dilation: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, width)
+        self.conv = nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(F.gelu(self.norm(x)))
 
 
 def score(verdict: Verdict, scenes: Sequence[Scene]) -> dict[str, float]:

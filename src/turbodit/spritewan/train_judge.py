@@ -35,7 +35,7 @@ class Options:
     minutes: float = 5.0  # over all runs: the learning rate falls along them
     steps: int | None = None  # over all runs, instead of the minutes if they suffice
     batch: int = 64
-    lr: float = 2e-3
+    lr: float = 1e-3
     evaluation_clips: int = 2048
     save_minutes: float = 1.0
     log_steps: int = 50

@@ -48,8 +48,15 @@ class Trainer(Generic[Model]):
 
     def update(self, loss: torch.Tensor, lr: float) -> torch.Tensor:
         """One optimizer step down the gradient of `loss`; its norm before clipping to 1."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear_gradients()
         loss.backward()
+        return self.apply_gradients(lr)
+
+    def clear_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def apply_gradients(self, lr: float) -> torch.Tensor:
+        """One optimizer step with the gradients that are there; their norm before clipping."""
         _average_gradients(self.params)
         norm = nn.utils.clip_grad_norm_(self.params, 1.0)
         for group in self.optimizer.param_groups:
