@@ -33,6 +33,7 @@ class GreyPipeline:
         self.name = name
         self.options = options
         self.device = torch.device("cpu")
+        self.peak_memory: int | None = None
         self.made: list[Settings] = []
         self.error: BaseException | None = None
         self.fails_at = 0
@@ -249,6 +250,18 @@ def test_ctrl_c_leaves_finished_videos_only(pipe, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_memory_of_a_gpu_is_the_most_that_any_video_took(pipe, capsys, monkeypatch):
+    generate, peaks = pipe.generate, iter([2**40, 2**30])
+
+    def generate_on_gpu(settings, progress):
+        pipe.peak_memory = next(peaks)
+        return generate(settings, progress)
+
+    monkeypatch.setattr(pipe, "generate", generate_on_gpu)
+    assert main(["generate", "a fox", *SMALL, "--num-videos", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["peak_bytes"] == 2**40
+
+
 def test_no_space_left(pipe, capsys, monkeypatch):
     def fail(video: Video, path: Path) -> None:
         path.write_bytes(b"half")
@@ -257,7 +270,7 @@ def test_no_space_left(pipe, capsys, monkeypatch):
     monkeypatch.setitem(video_module._WRITERS, ".mp4", fail)
     assert main(["generate", "a fox", *SMALL, "-o", "fox.mp4"]) == 2
     err = capsys.readouterr().err
-    assert "no space left to write fox.mp4: the frames are 61,440 bytes" in err
+    assert "\nturbodit: cannot write fox.mp4: no space left; the frames are 61,440 bytes" in err
     assert written() == []
 
 
@@ -265,6 +278,12 @@ def test_out_of_memory_says_what_helps(pipe, capsys):
     pipe.error = torch.OutOfMemoryError("CUDA out of memory")
     assert main(["generate", "a fox", *SMALL]) == 2
     assert "try --offload model" in capsys.readouterr().err
+
+
+def test_values_that_are_not_finite_are_one_line(pipe, capsys):
+    pipe.error = FloatingPointError("denoising gave NaN; try dtype float32")
+    assert main(["generate", "a fox", *SMALL]) == 2
+    assert "turbodit: denoising gave NaN; try dtype float32\n" in capsys.readouterr().err
 
 
 def test_bugs_keep_their_traceback(pipe):
@@ -302,6 +321,7 @@ def test_debug_shows_the_traceback(pipe):
         (["a fox", "--task", "t2v-2B"], "unknown task 't2v-2B'; supported: t2v-1.3B"),
         (["a fox", "--task", "t2v-1.3B", "--image", "text.png"], "from text alone"),
         (["a fox", "-o", "fox.avi"], "'.avi' is not one of .mp4, .gif, .webp"),
+        (["a fox", "-o", "text.png/fox.mp4"], "text.png is a file, expected a folder"),
         (["a fox", "--sla_topk", "0.1"], "does not have"),
     ],
 )
@@ -380,7 +400,9 @@ def test_lines_of_jsonl_have_their_own_settings(pipe):
         ('{"prompt": 3}', "prompt must be text, got 3"),
         ('{"prompt": "a fox", "output": 3}', "output must be text, got 3"),
         ('{"prompt": "a fox", "steps": "four"}', "steps must be a whole number, got 'four'"),
-        ('{"prompt": "a fox", "seed": 1.5}', "line 2: "),
+        ('{"prompt": "a fox", "seed": 1.5}', "a seed must be a whole number"),
+        ('{"prompt": "a fox", "num_videos": null}', "num_videos must be a positive whole number"),
+        ('{"prompt": "a fox", "mid_times": 1.5}', "mid_times must be finite numbers, got 1.5"),
         ('{"prompt": "a fox", "frames": 6}', "nearest: 5 and 9"),
         ('{"prompt": "a fox", "size": "big"}', "got 'big'"),
         ('{"prompt": "a fox", "image": "none.png"}', "image not found: none.png"),

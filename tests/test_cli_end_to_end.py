@@ -97,4 +97,6 @@ def test_wrong_architecture_is_a_user_error(folder, tmp_path, capsys):
     other = tiny_diffusers_folder(tmp_path / "t2v", "t2v") / "transformer"
     command = ["generate", "a fox", "--model", str(folder), "--transformer", str(other), *SMALL]
     assert main(command) == 2
-    assert "turbodit: " in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "turns 16 channels into 16, expected 48" in err
+    assert "load" not in err, "told after loading began"

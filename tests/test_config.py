@@ -56,7 +56,7 @@ def test_preset_names_are_forgiving(name: str) -> None:
 
 
 def test_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown model 'wan3'.*Wan2.2-TI2V-5B"):
+    with pytest.raises(ValueError, match=r"unknown model 'wan3'.*Wan2\.2-TI2V-5B"):
         preset("wan3")
 
 

@@ -68,8 +68,13 @@ def test_tables_show_what_was_found(one_gpu, backend_for_gpus, capsys):
         assert part in out
 
 
-def test_incomplete_embedded_model_says_what_is_missing(monkeypatch, tmp_path):
-    (tmp_path / "model_index.json").write_text("{}")
+@pytest.mark.parametrize(("index", "message"), [("{}", "has no transformer"), ("{", "truncated")])
+def test_incomplete_embedded_model_says_what_is_missing(
+    monkeypatch, tmp_path, capsys, index, message
+):
+    (tmp_path / "model_index.json").write_text(index)
     folder = doctor.find_model(tmp_path)
     monkeypatch.setattr(doctor, "find_model", lambda name: folder)
-    assert "transformer" in doctor.diagnose()["embedded_model"]["error"]
+    assert message in doctor.diagnose()["embedded_model"]["error"]
+    assert main(["doctor"]) == 0
+    assert "incomplete: " in capsys.readouterr().out

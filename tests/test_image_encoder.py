@@ -86,3 +86,10 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="expected Wan's CLIP file"):
         ImageEncoder.from_pretrained(tmp_path / "other.pth")
+
+
+def test_folder_without_a_config(tmp_path: Path) -> None:
+    tiny_image_encoder().save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json in"):
+        ImageEncoder.from_pretrained(tmp_path)

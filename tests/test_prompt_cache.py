@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
 from torch import nn
@@ -37,6 +39,16 @@ def test_a_truncated_entry_is_damaged(tmp_path):
     cache.path("a fox").write_bytes(whole[:-4])
     with pytest.warns(UserWarning, match="damaged"):
         assert cache.load("a fox") is None
+
+
+def test_a_full_disk_names_the_cache(tmp_path, monkeypatch):
+    def fail(*names: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match=r"cannot write the prompt cache .*: No space left"):
+        PromptCache(tmp_path, "encoder").store("a fox", torch.ones(1, 2, 3))
+    assert not list(tmp_path.iterdir())
 
 
 def test_fingerprint_tells_weights_apart():

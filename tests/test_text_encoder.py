@@ -6,7 +6,13 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from tests.native_models import native_text_encoder
-from tests.tiny_models import TEXT_DIM, tiny_text_encoder, tiny_tokenizer, tiny_vae
+from tests.tiny_models import (
+    TEXT_DIM,
+    tiny_diffusers_folder,
+    tiny_text_encoder,
+    tiny_tokenizer,
+    tiny_vae,
+)
 
 from turbodit.text_encoder import TextEncoder, clean_prompt
 
@@ -97,7 +103,7 @@ def test_files_that_do_not_fit(tmp_path: Path, encoder: TextEncoder) -> None:
     encoder.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="no weights at"):
         TextEncoder.from_pretrained(tmp_path / "none", tmp_path)
-    with pytest.raises(FileNotFoundError, match="no tokenizer folder at"):
+    with pytest.raises(FileNotFoundError, match="in tokenizer folder"):
         TextEncoder.from_pretrained(tmp_path, tmp_path / "none")
     state = native_text_encoder(encoder.model.state_dict())
     del state["blocks.1.ffn.fc2.weight"]
@@ -109,3 +115,14 @@ def test_files_that_do_not_fit(tmp_path: Path, encoder: TextEncoder) -> None:
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="expected Wan's umT5 file"):
         TextEncoder.from_pretrained(tmp_path / "other.pth", tmp_path)
+
+
+def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
+    folder = tiny_diffusers_folder(tmp_path / "model")
+    file = folder / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(ValueError, match=r"cannot load the tokenizer in .*tokenizer"):
+        TextEncoder.from_pretrained(folder / "text_encoder", folder / "tokenizer")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json or spiece\.model in"):
+        TextEncoder.from_pretrained(folder / "text_encoder", folder / "tokenizer")

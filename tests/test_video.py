@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from turbodit import video as video_module
-from turbodit.video import Video, check_free, sidecar
+from turbodit.video import Video, check_free, read_sidecar, sidecar
 
 FPS = 16
 
@@ -135,6 +135,29 @@ def test_never_replaces_a_folder_of_other_things(tmp_path):
     assert (tmp_path / "thesis" / "chapter.tex").exists()
 
 
+def test_never_replaces_a_foreign_file_in_the_sidecars_place(tmp_path):
+    path, record = tmp_path / "fox", tmp_path / "fox.json"
+    for content in ("{}", "[1, 2]", "no JSON"):
+        record.write_text(content)
+        with pytest.raises(FileExistsError, match=r"fox\.json exists already"):
+            make_video().save(path)
+        assert record.read_text() == content
+    assert not path.exists()
+    make_video().save(path, force=True)
+    record.unlink()
+    record.mkdir()
+    for force in (False, True):
+        with pytest.raises(FileExistsError, match=r"fox\.json is a folder; refusing"):
+            make_video().save(path, force=force)
+
+
+def test_a_deleted_clip_can_be_made_again(tmp_path):
+    path = make_video().save(tmp_path / "fox.gif")
+    path.unlink()
+    make_video(frames=9).save(path)
+    assert read_sidecar(path)["frames"] == 9
+
+
 @pytest.mark.parametrize("name", ["fox.mp4", "fox.gif", "fox.webp", "fox"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "broken")])
 def test_nothing_half_written_is_left(tmp_path, monkeypatch, name, error):
@@ -158,7 +181,8 @@ def test_full_disk_says_what_was_needed(tmp_path, monkeypatch):
 
     monkeypatch.setitem(video_module._WRITERS, ".mp4", fail)
     clip = make_video()
-    with pytest.raises(OSError, match=r"fox\.mp4: the frames are 92,160 bytes") as caught:
+    message = r"fox\.mp4: no space left; the frames are 92,160 bytes"
+    with pytest.raises(OSError, match=message) as caught:
         clip.save(tmp_path / "fox.mp4")
     assert clip.frames.nbytes == 92_160
     assert caught.value.errno == errno.ENOSPC
@@ -187,6 +211,15 @@ def test_check_free_raises_before_any_work(tmp_path):
     check_free(tmp_path / "new.mp4", force=False)
     with pytest.raises(ValueError, match="avi"):
         check_free(tmp_path / "new.avi", force=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file is a file, expected a folder"):
+        check_free(tmp_path / "file" / "clips" / "new.mp4", force=False)
+
+
+def test_check_free_raises_where_nothing_may_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may do all
+    with pytest.raises(PermissionError, match="no permission to write in"):
+        check_free(tmp_path / "clips" / "new.mp4", force=False)
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,14 @@ def test_sharded_folder(tmp_path: Path) -> None:
     (tmp_path / "part-a.bias.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"part-a\.bias\.safetensors are missing"):
         read_weights(tmp_path)
-    index.write_text("{")
-    with pytest.raises(ValueError, match=r"index\.json is truncated"):
-        read_weights(tmp_path)
+    for content, message in {
+        "{": r"index\.json is truncated",
+        "[]": "holds a list, expected a JSON object",
+        "{}": "has no weight_map",
+    }.items():
+        index.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_weights(tmp_path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

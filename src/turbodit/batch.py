@@ -15,7 +15,7 @@ from typing import Any
 
 from turbodit.config import ModelConfig
 from turbodit.request import GenerationRequest, Settings, resolve
-from turbodit.video import check_free, sidecar
+from turbodit.video import check_free, read_sidecar
 
 REQUEST_KEYS = tuple(field.name for field in fields(GenerationRequest))
 LINE_KEYS = (*REQUEST_KEYS, "size", "output")
@@ -65,12 +65,8 @@ class Job:
 
     def is_done(self) -> bool:
         """Whether `output` holds a video of this prompt, seed and record."""
-        try:
-            found = json.loads(sidecar(self.output).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # none, or not ours
-            return False
         wanted = {"prompt": self.prompt, "seed": self.seed, "settings": self.record}
-        same = isinstance(found, dict) and _plain(wanted).items() <= found.items()
+        same = _plain(wanted).items() <= read_sidecar(self.output).items()
         return same and self.output.exists()
 
 
@@ -213,7 +209,7 @@ def _merge(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 def _jobs(order: Order, model: ModelConfig, record: dict[str, Any]) -> Iterator[Job]:
     try:
         settings = resolve(order.request, model)
-    except (TypeError, ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{order.origin}{error}") from error
     images = {
         name: str(getattr(order.request, name))

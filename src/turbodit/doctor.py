@@ -135,7 +135,7 @@ def _embedded_model() -> dict[str, Any]:
     found: dict[str, Any] = {"path": str(folder.path)}
     try:
         parts = (*folder.transformers, folder.vae, folder.text_encoder, folder.tokenizer)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:  # missing, or damaged
         return found | {"error": str(error)}
     files = [path for part in parts for path in part.glob("*.safetensors")]
     return found | {"error": None, "weight_bytes": sum(path.stat().st_size for path in files)}
@@ -183,7 +183,7 @@ def _attention_table(attention: dict[str, dict[str, dict[str, Any]]]) -> Table:
 
 def _embedded_line(model: dict[str, Any]) -> str:
     if model["error"]:
-        return f"incomplete: {model['error']}"
+        return f"incomplete: {model['error']}; install turbodit again"
     return f"spritewan, {model['weight_bytes'] / 2**20:.1f} MiB of weights in {model['path']}"
 
 

@@ -50,13 +50,21 @@ class PromptCache:
             return None
 
     def store(self, prompt: str, embedding: torch.Tensor) -> None:
-        """Keep an embedding, all or nothing."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Keep an embedding, all or nothing.
+
+        Raises:
+            OSError: it cannot be written, for example for want of space.
+        """
         path = self.path(prompt)
         partial = path.with_suffix(f".{os.getpid()}.partial")
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_bytes(save({"embedding": embedding.cpu().contiguous()}))
             os.replace(partial, path)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot write the prompt cache {self.folder}: {error.strerror}"
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
 

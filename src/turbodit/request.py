@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 from PIL import Image
 
@@ -136,7 +136,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _check_types(request: GenerationRequest) -> None:
-    whole = ("width", "height", "frames", "fps", "steps", "num_videos")
+    whole = ("width", "height", "frames", "fps", "steps")
     real = ("shift", "guidance", "guidance_high_noise", "boundary", "sigma_max")
     text = ("negative_prompt", "resolution", "aspect_ratio", "solver")
     picture = ("image", "last_image")
@@ -150,11 +150,14 @@ def _check_types(request: GenerationRequest) -> None:
         for name in names:
             value = getattr(request, name)
             _require(value is None or good(value), f"{name} must be {kind}, got {value!r}")
-    for angle in request.mid_times or ():
-        _require(_is_real(angle), f"mid_times must be finite numbers, got {angle!r}")
+    mid_times = request.mid_times
+    _require(
+        mid_times is None or (isinstance(mid_times, Sequence) and all(map(_is_real, mid_times))),
+        f"mid_times must be finite numbers, got {mid_times!r}",
+    )
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -164,23 +167,32 @@ def _is_real(value: Any) -> bool:
 
 def _videos(request: GenerationRequest) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """A prompt and a seed for every video."""
-    asked = (request.prompt,) if isinstance(request.prompt, str) else tuple(request.prompt)
+    asked = (request.prompt,) if isinstance(request.prompt, str) else request.prompt
+    _require(isinstance(asked, Sequence), f"a prompt must be text, got {asked!r}")
     _require(bool(asked), "no prompt given")
     for prompt in asked:
         _require(isinstance(prompt, str), f"a prompt must be text, got {prompt!r}")
         _require(bool(prompt.strip()), "the prompt is empty; say what the video should show")
-    _require(request.num_videos >= 1, f"num_videos must be positive, got {request.num_videos}")
-    prompts = tuple(prompt for prompt in asked for _ in range(request.num_videos))
-    seed = secrets.randbelow(2**31) if request.seed is None else request.seed
-    if isinstance(seed, int):
-        seeds = tuple(seed + index for index in range(len(prompts)))
+    number = request.num_videos
+    good = _is_whole(number) and number >= 1
+    _require(good, f"num_videos must be a positive whole number, got {number!r}")
+    prompts = tuple(prompt for prompt in asked for _ in range(number))
+    return prompts, _seeds(request.seed, len(prompts))
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """One for each of `count` videos."""
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+    if _is_whole(seed):
+        seeds = tuple(range(seed, seed + count))
     else:
-        seeds = tuple(seed)
-    _require(len(seeds) == len(prompts), f"got {len(seeds)} seeds for {len(prompts)} videos")
+        seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
     for value in seeds:
         good = _is_whole(value) and 0 <= value < 2**63
         _require(good, f"a seed must be a whole number from 0 to 2^63 - 1, got {value!r}")
-    return prompts, seeds
+    _require(len(seeds) == count, f"got {len(seeds)} seeds for {count} videos")
+    return seeds
 
 
 def _images(

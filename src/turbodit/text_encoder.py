@@ -34,6 +34,9 @@ BLOCK_RENAMES = {
 }
 
 
+VOCABULARIES = ("tokenizer.json", "spiece.model")  # a tokenizer folder has one or both
+
+
 class TextEncoder:
     """Cleans, tokenises and encodes prompts as Wan does.
 
@@ -62,21 +65,27 @@ class TextEncoder:
         """Load a transformers folder or `models_t5_umt5-xxl-enc-bf16.pth`, and a tokenizer folder.
 
         Raises:
-            FileNotFoundError: no such folder or file, or no weights in it.
-            ValueError: truncated file, or weights that do not fit.
+            FileNotFoundError: no such folder or file, no weights or no vocabulary in it.
+            ValueError: truncated file, weights that do not fit, or a broken tokenizer.
         """
         from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
         encoder, tokenizer = Path(encoder), Path(tokenizer)
-        if not tokenizer.is_dir():
-            raise FileNotFoundError(f"no tokenizer folder at {tokenizer}")
+        if not any((tokenizer / name).is_file() for name in VOCABULARIES):
+            # transformers would go on with a vocabulary of its own making
+            raise FileNotFoundError(
+                f"no {' or '.join(VOCABULARIES)} in tokenizer folder {tokenizer}"
+            )
         weights = read_weights(encoder)
         if encoder.is_dir():
             config = UMT5Config.from_pretrained(encoder, local_files_only=True)
         else:
             config, weights = _from_native(weights)
         model = load_transformers_model(UMT5EncoderModel, config, weights, encoder, dtype)
-        words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        try:
+            words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        except Exception as error:  # of many kinds, and few name the file
+            raise ValueError(f"cannot load the tokenizer in {tokenizer}: {error}") from error
         return cls(model.to(device), words, max_length)
 
     @property

@@ -72,7 +72,7 @@ class Video:
 
         Raises:
             ValueError: a suffix that we cannot write.
-            FileExistsError: `path` exists and may not be replaced.
+            FileExistsError: `path` or its sidecar exists and may not be replaced.
             OSError: it cannot be written, for example for want of space.
         """
         path = Path(path)
@@ -109,28 +109,49 @@ def sidecar(path: str | Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def read_sidecar(path: str | Path) -> dict[str, Any]:
+    """What the sidecar of the clip at `path` records; empty if there is none, or none of ours."""
+    try:
+        record = json.loads(sidecar(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and "turbodit" in record else {}
+
+
 def check_free(path: Path, force: bool) -> None:
     """Raise unless a clip can be written to `path` without destroying what is there.
 
     Raises:
         ValueError: a suffix that we cannot write.
-        FileExistsError: `path` exists and may not be replaced.
+        FileExistsError: `path` or its sidecar exists and may not be replaced.
+        NotADirectoryError, PermissionError: nothing can be created there.
     """
     _writer(path)
-    if not path.exists():
-        return
-    if not force:
-        raise FileExistsError(f"{path} exists already; --force (force=True) replaces it")
-    wants_folder = not path.suffix
-    if path.is_dir() != wants_folder:
-        kind = "file" if wants_folder else "folder"
-        raise FileExistsError(f"{path} is a {kind}; refusing to replace it")
-    if wants_folder:
+    _check_folder(path)
+    record = sidecar(path)
+    for target, wants_folder in ((path, not path.suffix), (record, False)):
+        if target.exists() and target.is_dir() != wants_folder:
+            kind = "file" if wants_folder else "folder"
+            raise FileExistsError(f"{target} is a {kind}; refusing to replace it")
+    foreign = record.exists() and not read_sidecar(path)  # ours may go once its clip is gone
+    taken = record if foreign and not path.exists() else path
+    if taken.exists() and not force:
+        raise FileExistsError(f"{taken} exists already; --force (force=True) replaces it")
+    if path.is_dir():
         others = [f.name for f in path.iterdir() if not FRAME_NAME.fullmatch(f.name)]
         if others:
             raise FileExistsError(
                 f"{path} holds more than frames ({others[0]}); refusing to replace it"
             )
+
+
+def _check_folder(path: Path) -> None:
+    """Raise unless `path` can be created, as far as can be told without doing it."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"cannot write {path}: {folder} is a file, expected a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write {path}: no permission to write in {folder}")
 
 
 def _write_mp4(video: Video, path: Path) -> None:
@@ -239,15 +260,15 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _explained(path: Path, frame_bytes: int) -> Iterator[None]:
-    """Say in the error which file found no space, how large the clip is and what is free."""
+    """Say in the error which file could not be written and, if for want of space, how much."""
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        free = shutil.disk_usage(path.parent).free
-        raise OSError(
-            errno.ENOSPC,
-            f"no space left to write {path}: the frames are {frame_bytes:,} bytes before "
-            f"compression, {free:,} bytes are free",
-        ) from error
+        reason = error.strerror or str(error)
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(path.parent).free
+            reason = (
+                f"no space left; the frames are {frame_bytes:,} bytes before compression, "
+                f"{free:,} bytes are free"
+            )
+        raise OSError(error.errno, f"cannot write {path}: {reason}") from error

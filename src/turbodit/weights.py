@@ -57,12 +57,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no JSON in it.
+        ValueError: no JSON object in it.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is truncated or no JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
 
 
 class _SafetensorsWeights(Mapping[str, torch.Tensor]):
@@ -99,7 +104,10 @@ def _weight_files(folder: Path) -> list[Path]:
             f"expected one .safetensors file or a .safetensors.index.json in {folder}, "
             f"found: {found}"
         )
-    shards = sorted(set(read_json(indices[0])["weight_map"].values()))
+    index = read_json(indices[0])
+    if not isinstance(index.get("weight_map"), dict):
+        raise ValueError(f"{indices[0]} has no weight_map (from names to files)")
+    shards = sorted(set(index["weight_map"].values()))
     missing = [shard for shard in shards if not (folder / shard).exists()]
     if missing:
         raise FileNotFoundError(
@@ -179,10 +187,14 @@ def load_transformers_model(
     """A transformers model with `weights`, in evaluation mode, on the CPU.
 
     Raises:
+        FileNotFoundError: `source` is a folder without a config.json.
         ValueError: missing or unexpected names, other shapes.
     """
     from transformers.utils import logging
 
+    if source.is_dir() and not (source / "config.json").exists():
+        # transformers makes a configuration of its defaults where there is none.
+        raise FileNotFoundError(f"no config.json in {source}")
     verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # what does not fit is raised below
     logging.disable_progress_bar()

@@ -71,6 +71,7 @@ def test_presets_are_recognised(name: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("turbodit.checkpoints.folder.transformer_config", lambda source: seen)
     path = tmp_path / f"models--Wan-AI--{name}-Diffusers" / "snapshots" / "0123"
     vae = {
+        "_class_name": "AutoencoderKLWan",
         "z_dim": preset.vae.latent_channels,
         "scale_factor_spatial": preset.vae.spatial_stride,
     }
@@ -102,6 +103,30 @@ def test_other_transformers_in_a_folder_without_its_own(tmp_path: Path) -> None:
     other = tiny_diffusers_folder(tmp_path / "other") / "transformer"
     assert folder.config((other,)).transformer.dim == 24
     with pytest.raises(FileNotFoundError, match=r"base has no config\.json; found .*Wan2.1_VAE"):
+        folder.config()
+
+
+def test_transformer_of_another_vae(tmp_path: Path) -> None:
+    folder = find_model(tiny_diffusers_folder(tmp_path / "t2v", "t2v"))
+    other = tiny_diffusers_folder(tmp_path / "ti2v", "ti2v") / "transformer"
+    with pytest.raises(ValueError, match=r"turns 48 channels into 48, expected 16 \(or 36"):
+        folder.config((other,))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "AutoencoderKL", "z_dim": 16}, "AutoencoderKL; supported: AutoencoderKLW"),
+        ({"_class_name": "AutoencoderKLWan"}, "does not say 'z_dim'"),
+        (["AutoencoderKLWan"], "holds a list, expected a JSON object"),
+        (None, r"no config\.json in .*vae"),
+    ],
+)
+def test_vae_that_is_none_of_ours(config: object, message: str, tmp_path: Path) -> None:
+    folder = find_model(tiny_diffusers_folder(tmp_path))
+    path = folder.vae / "config.json"
+    path.unlink() if config is None else path.write_text(json.dumps(config))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         folder.config()
 
 

@@ -14,7 +14,7 @@ from turbodit.config import TransformerConfig
 from turbodit.model.wan import WanModel
 
 TEXT_DIM = 24
-SHAPE = dict(dim=72, ffn_dim=104, num_heads=3, num_layers=3, text_dim=TEXT_DIM)
+SHAPE = {"dim": 72, "ffn_dim": 104, "num_heads": 3, "num_layers": 3, "text_dim": TEXT_DIM}
 VARIANTS = {
     "t2v": TransformerConfig(**SHAPE),
     "i2v-clip": TransformerConfig(**SHAPE, in_dim=36, image_dim=40),

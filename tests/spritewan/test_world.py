@@ -24,6 +24,7 @@ from turbodit.spritewan.world import (
     SIZES,
     Scene,
     canonical_caption,
+    crowd,
     is_held_out,
     paraphrases,
     render,
@@ -210,3 +211,12 @@ def test_contact_sheet():
     assert picture.mode == "RGB" and picture.size == (8 * 132 + 4, 2 * 152 + 4)
     with pytest.raises(ValueError, match="1 captions for 2 videos"):
         sheet(clips, ["one"])
+
+
+def test_a_crowd_shows_its_scene_and_more_sprites() -> None:
+    own, full = scene(5), crowd(5, 4)
+    assert len(full.objects) >= 4 and full.objects[: len(own.objects)] == own.objects
+    plain, crowded = render([own]), render([full])
+    assert plain.shape == crowded.shape and not torch.equal(plain, crowded)
+    pair = render([own, full])  # clips with different numbers of sprites in one batch
+    assert torch.equal(pair, torch.cat([plain, crowded]))

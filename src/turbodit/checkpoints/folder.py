@@ -24,6 +24,7 @@ EMBEDDED = {"spritewan": Path(__file__).parents[1] / "assets" / "spritewan"}
 
 # Files of the original layout; the experts' folders only in two-expert models.
 VAE_FILES = {"Wan2.1_VAE.pth": VAE_21, "Wan2.2_VAE.pth": VAE_22}
+VAE_CLASS = "AutoencoderKLWan"  # in diffusers' config.json
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
 IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
@@ -100,6 +101,7 @@ class ModelFolder:
         """
         sources = transformers or self.transformers
         shape, vae = transformer_config(sources[0]), self._vae_config()
+        _check_channels(shape, sources[0], vae, self.vae)
         alike = [
             model
             for model in presets_like(shape)
@@ -152,7 +154,13 @@ class ModelFolder:
         vae = self.vae
         if vae.name in VAE_FILES:
             return VAE_FILES[vae.name]
-        data = read_json(vae / "config.json")
+        path = vae / "config.json"
+        data = read_json(path)
+        name = data.get("_class_name", "none")
+        if name != VAE_CLASS:
+            raise ValueError(f"{path} describes the architecture {name}; supported: {VAE_CLASS}")
+        if "z_dim" not in data:
+            raise ValueError(f"{path} does not say 'z_dim' (the number of latent channels)")
         return VAEConfig(
             latent_channels=data["z_dim"],
             temporal_stride=data.get("scale_factor_temporal", VAE_21.temporal_stride),
@@ -172,6 +180,20 @@ class ModelFolder:
 
     def _found(self) -> str:
         return ", ".join(sorted(entry.name for entry in self.path.iterdir())) or "nothing"
+
+
+def _check_channels(
+    shape: TransformerConfig, transformer: Path, vae: VAEConfig, vae_path: Path
+) -> None:
+    """Raise a ValueError unless the DiT's input and output are the VAE's latents."""
+    channels = vae.latent_channels
+    with_condition = 2 * channels + vae.temporal_stride  # mask and latents of known frames
+    if shape.out_dim != channels or shape.in_dim not in (channels, with_condition):
+        raise ValueError(
+            f"{transformer} does not fit the VAE in {vae_path}: it turns {shape.in_dim} channels "
+            f"into {shape.out_dim}, expected {channels} (or {with_condition}, with an image) "
+            f"into {channels}"
+        )
 
 
 def find_model(name: str | Path) -> ModelFolder:

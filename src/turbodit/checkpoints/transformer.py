@@ -130,8 +130,6 @@ def _config_of(source: Path, weights: Weights) -> TransformerConfig:
 def _stated_config(folder: Path) -> TransformerConfig:
     """What `folder/config.json` states, in diffusers' or the original form."""
     path = folder / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"no config.json in {folder}")
     data = read_json(path)
     name = data.get("_class_name", "none")
     if name not in CLASSES:

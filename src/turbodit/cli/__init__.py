@@ -17,7 +17,7 @@ from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, subcommand
 
 from turbodit import __version__
-from turbodit.cli.generate import Generate
+from turbodit.cli.generate import Generate, Switch
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -26,9 +26,9 @@ USER_ERROR, INTERRUPTED = 2, 130
 class Doctor:
     """Say what is installed, which devices there are, and what runs on them."""
 
-    json: bool = False
+    json: Switch = False
     """Print the findings as JSON."""
-    debug: bool = False
+    debug: Switch = False
     """Show the traceback of errors."""
 
     def run(self) -> None:
@@ -61,10 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.run()
     except KeyboardInterrupt:
         return _fail("interrupted; finished videos are kept, nothing is half-written", INTERRUPTED)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if command.debug:
             raise
-        return _fail(str(error), USER_ERROR)
+        number = f"[Errno {getattr(error, 'errno', None)}] "
+        return _fail(str(error).removeprefix(number), USER_ERROR)
     except RuntimeError as error:
         # torch.OutOfMemoryError, by name: importing torch only to catch it would be slow.
         if command.debug or type(error).__name__ != "OutOfMemoryError":

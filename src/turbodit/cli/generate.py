@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from turbodit.cli.report import Bars, Summary, VideoSummary, peak_memory, short_warnings
+from turbodit.cli.report import Bars, Summary, VideoSummary, peak_host_memory, short_warnings
 from turbodit.config import SIZES_480P, Solver
 
 if TYPE_CHECKING:
@@ -29,10 +29,19 @@ TASKS = {
 }
 PIXELS_480P = max(width * height for width, height in SIZES_480P.values())
 
+Switch = Annotated[bool, arg(help_behavior_hint="")]  # that it is off by default is plain
 
-def _flag(metavar: str, *aliases: str) -> Any:
-    """A flag without a default in its help: None stands for the model's own."""
-    return arg(metavar=metavar, aliases=aliases, help_behavior_hint="")
+
+def _flag(metavar: str, *names: str) -> Any:
+    """A flag without a default in its help, where None stands for the model's own.
+
+    tyro lists aliases before the name: for help to begin with the field's own name, that is
+    an alias, and the last of `names` is the name.
+    """
+    if not names:
+        return arg(metavar=metavar, help_behavior_hint="")
+    *aliases, name = names
+    return arg(metavar=metavar, aliases=aliases, name=name.lstrip("-"), help_behavior_hint="")
 
 
 @dataclass(frozen=True)
@@ -50,36 +59,38 @@ class Generate:
     """Prompts, one a line (.txt), or objects of prompt, size, seed, steps, output ... (.jsonl)."""
     negative_prompt: Annotated[str | None, _flag("TEXT")] = None
     """What guidance steers away from."""
-    image: Annotated[Path | None, _flag("FILE", "--image-path", "--first-frame")] = None
+    image: Annotated[Path | None, _flag("FILE", "--image", "--image-path", "--first-frame")] = None
     """First frame."""
-    last_image: Annotated[Path | None, _flag("FILE", "--last-frame")] = None
+    last_image: Annotated[Path | None, _flag("FILE", "--last-image", "--last-frame")] = None
     """Last frame, for models that take one."""
 
-    model: Annotated[str | None, _flag("NAME", "--ckpt-dir")] = None
+    model: Annotated[str | None, _flag("NAME", "--model", "--ckpt-dir")] = None
     """Name, folder or Hub id of the model; by default the embedded spritewan."""
     task: Annotated[str | None, _flag("TASK")] = None
-    """Wan's names for its models, instead of --model or as a check on its folder."""
-    transformer: Annotated[UseAppendAction[tuple[Path, ...]], _flag("PATH", "--dit-path")] = ()
+    """Wan's names, such as t2v-1.3B or i2v-A14B, instead of --model or as a check on its folder."""
+    transformer: Annotated[
+        UseAppendAction[tuple[Path, ...]], _flag("PATH", "--transformer", "--dit-path")
+    ] = ()
     """Other weights for the transformer; given twice for two experts, high noise first."""
 
     size: Annotated[str | None, _flag("W*H")] = None
-    """Width and height in pixels, such as 832*480."""
+    """Width and height in pixels, such as 832*480; images are cropped to that shape."""
     resolution: Annotated[str | None, _flag("NAME")] = None
     """Named size, such as 480p; an image keeps its shape within that area."""
     aspect_ratio: Annotated[str | None, _flag("W:H")] = None
     """Shape of a named size, such as 16:9."""
-    frames: Annotated[int | None, _flag("N", "--num-frames", "--frame-num")] = None
+    frames: Annotated[int | None, _flag("N", "--frames", "--num-frames", "--frame-num")] = None
     """Number of frames, 4k+1."""
     fps: Annotated[int | None, _flag("N")] = None
     """Frames per second."""
 
-    steps: Annotated[int | None, _flag("N", "--num-steps", "--sample-steps")] = None
+    steps: Annotated[int | None, _flag("N", "--steps", "--num-steps", "--sample-steps")] = None
     """Denoising steps."""
-    solver: Annotated[Solver | None, _flag("NAME", "--sample-solver")] = None
+    solver: Annotated[Solver | None, _flag("NAME", "--solver", "--sample-solver")] = None
     """unipc, euler, dpm++, or few-step for distilled models."""
-    shift: Annotated[float | None, _flag("X", "--sample-shift")] = None
+    shift: Annotated[float | None, _flag("X", "--shift", "--sample-shift")] = None
     """Shift of the times towards noise."""
-    guidance: Annotated[float | None, _flag("X", "--sample-guide-scale")] = None
+    guidance: Annotated[float | None, _flag("X", "--guidance", "--sample-guide-scale")] = None
     """Classifier-free guidance; 1 switches it off."""
     guidance_high_noise: Annotated[float | None, _flag("X")] = None
     """The same for the high-noise expert of two-expert models."""
@@ -89,14 +100,14 @@ class Generate:
     """Noise level that few-step sampling starts from."""
     mid_times: Annotated[tuple[float, ...] | None, _flag("X [X ...]")] = None
     """Angles that few-step sampling visits between, such as 1.5 1.4 1.0."""
-    ode: bool = False
+    ode: Switch = False
     """Few-step sampling without fresh noise."""
-    seed: Annotated[int | None, _flag("N", "--base-seed")] = None
+    seed: Annotated[int | None, _flag("N", "--seed", "--base-seed")] = None
     """Of the first video, the others count on; random if left out (prompt files: 0)."""
-    num_videos: Annotated[int | None, _flag("N", "--num-samples")] = None
+    num_videos: Annotated[int | None, _flag("N", "--num-videos", "--num-samples")] = None
     """Videos per prompt."""
 
-    attention: Annotated[str, _flag("NAME", "--attention-type")] = "sdpa"
+    attention: Annotated[str, _flag("NAME", "--attention", "--attention-type")] = "sdpa"
     """Attention back-end; `turbodit doctor` lists them. Default: sdpa."""
     sla_topk: Annotated[float | None, _flag("X")] = None
     """Share of key blocks that sparse attention keeps."""
@@ -105,23 +116,25 @@ class Generate:
     dtype: Annotated[Literal["bfloat16", "float16", "float32"] | None, _flag("NAME")] = None
     """bfloat16, float16 or float32."""
     offload: Annotated[Literal["none", "model", "sequential"], _flag("MODE")] = "none"
-    """Keep in host memory: none, all but the model at work, or also (sequential) but its block."""
+    """none; model: only the model at work is on the GPU; sequential: of a transformer, a block."""
     offload_model: Annotated[bool | None, _flag("BOOL")] = None
     """Wan's name for --offload model."""
-    vae_tiling: bool = False
+    vae_tiling: Switch = False
     """Encode and decode in tiles: less memory, faint seams."""
     prompt_cache: Annotated[Path | None, _flag("FOLDER")] = None
     """Keep text embeddings there, and use those that it has."""
 
-    output: Annotated[Path | None, _flag("PATH", "-o", "--save-file", "--save-path")] = None
+    output: Annotated[
+        Path | None, _flag("PATH", "--output", "-o", "--save-file", "--save-path")
+    ] = None
     """.mp4, .gif, .webp, or a folder of png frames (prompt files: of videos); default: outputs/."""
-    force: bool = False
+    force: Switch = False
     """Replace what is there."""
-    resume: bool = False
+    resume: Switch = False
     """Leave out videos that are there already with the same settings."""
-    json: bool = False
+    json: Switch = False
     """Print the result as JSON."""
-    debug: bool = False
+    debug: Switch = False
     """Show the traceback of errors."""
 
     def run(self) -> None:
@@ -240,7 +253,8 @@ class Generate:
         video.save(job.output, force=self.force)
         bars("write", 1, 1)
         seconds = video.timings | {"write": time.perf_counter() - start}
-        summary.peak_bytes = max(summary.peak_bytes, peak_memory(pipe.device))
+        peak = peak_host_memory() if pipe.peak_memory is None else pipe.peak_memory
+        summary.peak_bytes = max(summary.peak_bytes, peak)
         summary.videos.append(
             VideoSummary(str(job.output), video.prompt, video.seed, video.settings, seconds)
         )

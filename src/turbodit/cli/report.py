@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -21,9 +21,6 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
-
-if TYPE_CHECKING:
-    import torch
 
 STAGES = ("text", "image", "denoise", "decode", "write")
 
@@ -123,12 +120,8 @@ def short_warnings() -> Iterator[None]:
         yield
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most bytes so far: PyTorch's since its last reset on a GPU, the process's on a CPU."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
+def peak_host_memory() -> int:
+    """Most bytes of memory that this process has held so far."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -33,6 +33,9 @@ MODEL_INDEX = {
 }
 
 
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+
+
 @dataclass(frozen=True)
 class Options:
     transformer: Path
@@ -48,8 +51,12 @@ def assemble(options: Options) -> None:
     Raises:
         FileNotFoundError: a part is missing.
     """
-    for name in ("transformer", "vae", "text_encoder", "tokenizer"):
-        source, target = getattr(options, name), options.out / name
+    sources = {name: getattr(options, name) for name in PARTS}
+    missing = [str(source) for source in sources.values() if not source.is_dir()]
+    if missing:
+        raise FileNotFoundError(f"no such folder: {', '.join(missing)}")
+    for name, source in sources.items():
+        target = options.out / name
         partial = options.out / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial)

@@ -20,7 +20,11 @@ SHARD_BYTES = 15 * 2**20
 
 
 def save_state(folder: Path, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
-    """Write `tensors` (any shapes and dtypes) and `info` (JSON) to `folder`, all or nothing."""
+    """Write `tensors` (any shapes and dtypes) and `info` (JSON) to `folder`, all or nothing.
+
+    Raises:
+        ValueError: a tensor is larger than a shard may be.
+    """
     partial = folder.with_name(folder.name + ".partial")
     previous = folder.with_name(folder.name + ".previous")
     shutil.rmtree(partial, ignore_errors=True)
@@ -28,8 +32,8 @@ def save_state(folder: Path, tensors: dict[str, torch.Tensor], info: dict[str, A
     for index, shard in enumerate(_shards(tensors)):
         save_file(shard, partial / f"state-{index:03d}.safetensors")
     (partial / "info.json").write_text(json.dumps(info, indent=1))
-    shutil.rmtree(previous, ignore_errors=True)
     if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
     partial.rename(folder)
     shutil.rmtree(previous, ignore_errors=True)
@@ -37,9 +41,8 @@ def save_state(folder: Path, tensors: dict[str, torch.Tensor], info: dict[str, A
 
 def load_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """(tensors, info) of the last complete state in `folder`, on the CPU; None where none is."""
-    previous = folder.with_name(folder.name + ".previous")
-    if not folder.exists() and previous.exists():  # stopped between the two renames
-        previous.rename(folder)
+    if not folder.exists():  # perhaps stopped between the two renames
+        folder = folder.with_name(folder.name + ".previous")
     if not folder.exists():
         return None
     tensors: dict[str, torch.Tensor] = {}
@@ -52,6 +55,8 @@ def _shards(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
+        if tensor.nbytes > SHARD_BYTES:
+            raise ValueError(f"{name} has {tensor.nbytes} bytes, supported: up to {SHARD_BYTES}")
         tensor = tensor.detach().cpu().contiguous()
         if size and size + tensor.nbytes > SHARD_BYTES:
             shards.append({})

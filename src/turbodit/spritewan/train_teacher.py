@@ -223,8 +223,8 @@ def train(options: Options) -> None:
         norm = trainer.update(loss, lr)
         if step % options.log_steps:
             continue
-        if not loss.isfinite():
-            raise FloatingPointError(f"loss is {loss.item()} at step {step}")
+        if not norm.isfinite():  # of the mean gradient: all processes see it and stop
+            raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}")
         now = rank.agree(clock.seconds, device)
         if log:
             log.write(
@@ -240,11 +240,18 @@ def train(options: Options) -> None:
                 last_save = now
     if log:
         trainer.save(seconds=seconds_before + now)
-        teacher = trainer.averaged().bfloat16()
-        save_transformer(teacher, options.out / "transformer", max_shard_size="15MB")
+        export(trainer.averaged(), options.out / "transformer")
         log.write(event="stop", step=trainer.step, seconds=clock.seconds)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def export(model: WanModel, folder: Path) -> None:
+    """Write `model` as a diffusers folder: bf16, but for what Wan keeps in float32."""
+    for name, p in model.named_parameters():
+        if not model.keep_float32(name):
+            p.data = p.data.bfloat16()
+    save_transformer(model, folder, max_shard_size="15MB")
 
 
 def _join(options: Options) -> tuple[Rank, torch.device]:

@@ -2,8 +2,9 @@
 
     python -m turbodit.spritewan.train_vae --out runs/vae --minutes 8
 
-Clips are rendered on the device while training goes on; one clip in ten is a slow pan over
-a made-up picture, so that photographs survive the autoencoder too. The loss is a
+Clips are rendered on the device while training goes on. Most have more sprites than a clip
+of the data set, since sprites are what is hard; one in ten is a slow pan over a made-up
+picture, so that photographs survive the autoencoder too. The loss is a
 Charbonnier distance to the clip and to its edges, plus a small KL term (arXiv:1312.6114)
 that keeps the latents near unit scale and smooth enough for a small diffusion model.
 
@@ -34,16 +35,27 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import nn
 from torch.func import functional_call
 
+from turbodit.config import PRESETS
 from turbodit.spritewan.state import Clock, StageLog
 from turbodit.spritewan.trainer import Trainer, learning_rate, save_pretrained
-from turbodit.spritewan.world import BACKGROUNDS, FRAMES, HELD_OUT, SIZE, render, scene
+from turbodit.spritewan.world import (
+    BACKGROUNDS,
+    FRAMES,
+    HELD_OUT,
+    SIZE,
+    Scene,
+    crowd,
+    render,
+    scene,
+)
 
 Metrics = dict[str, torch.Tensor]
 
+GEOMETRY = PRESETS["spritewan"].vae
 VAE_CONFIG: dict[str, Any] = {
     "base_dim": 32,
     "decoder_base_dim": 48,
-    "z_dim": 32,
+    "z_dim": GEOMETRY.latent_channels,
     "dim_mult": [1, 2, 2],
     "num_res_blocks": 1,
     "attn_scales": [],
@@ -54,10 +66,10 @@ VAE_CONFIG: dict[str, Any] = {
     "in_channels": 48,
     "out_channels": 48,
     "patch_size": 4,
-    "scale_factor_temporal": 4,
-    "scale_factor_spatial": 16,
-    "latents_mean": [0.0] * 32,  # measured at the end of training
-    "latents_std": [1.0] * 32,
+    "scale_factor_temporal": GEOMETRY.temporal_stride,
+    "scale_factor_spatial": GEOMETRY.spatial_stride,
+    "latents_mean": [0.0] * GEOMETRY.latent_channels,  # measured at the end of training
+    "latents_std": [1.0] * GEOMETRY.latent_channels,
 }
 EDGE_WEIGHT = 0.5
 KL_WEIGHT = 1e-4
@@ -65,6 +77,8 @@ INITIAL_LOG_VARIANCE = -6.0
 WARMUP_STEPS = 100
 CLIPS_PER_STEP = 1  # new ones, in place of the oldest
 PICTURE_EVERY = 10  # one clip of so many is a pan over a picture
+CROWD_EVERY = 4  # of so many, all but one are crowded: nearly all of the error is in sprites
+CROWD = 4  # sprites
 RENDER_BATCH = 32
 EVALUATION_BATCH = 8
 
@@ -144,7 +158,7 @@ class NormSiLU(nn.Module):
         return _norm_silu(rows.flatten(0, -2), self.gamma.flatten()).view(rows.shape).movedim(-1, 1)
 
 
-# Two dimensions whatever the layer, so that one compiled kernel serves them all.
+# Two dimensions whatever the layer, so that a few compiled kernels serve them all.
 @torch.compile(dynamic=True)
 def _norm_silu(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """SiLU of x (N, C) over its root mean square, times gamma (C)."""
@@ -214,11 +228,16 @@ def training_clips(ids: range, device: torch.device) -> torch.Tensor:
     is_picture = [clip_id % PICTURE_EVERY == PICTURE_EVERY - 1 for clip_id in ids]
     scenes = [i for i, picture in enumerate(is_picture) if not picture]
     if scenes:
-        clips[scenes] = render([scene(ids[i]) for i in scenes], device)
+        clips[scenes] = render([training_scene(ids[i]) for i in scenes], device)
     for i, picture in enumerate(is_picture):
         if picture:
             clips[i] = picture_clip(ids[i], device)
     return clips
+
+
+def training_scene(clip_id: int) -> Scene:
+    """A clip of the data set, or the same with more sprites."""
+    return crowd(clip_id, CROWD) if clip_id % CROWD_EVERY else scene(clip_id)
 
 
 def picture_clip(seed: int, device: torch.device) -> torch.Tensor:

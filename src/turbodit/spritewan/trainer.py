@@ -12,13 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from turbodit.spritewan.muon import Muon, matrices
 from turbodit.spritewan.state import load_state, save_state
+
+OPTIMIZER_KEYS = ("momentum", "step", "exp_avg", "exp_avg_sq")  # of Muon, and of AdamW
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class Trainer(Generic[Model]):
-    """Updates `model` and keeps an exponential moving average of its parameters.
+    """Updates `model` (matrices by Muon, the rest by AdamW) and averages its parameters.
 
     Everything needed to go on bit for bit is in `folder` after `save`; a trainer made with
     the same arguments finds it there.
@@ -34,14 +37,17 @@ class Trainer(Generic[Model]):
         self.ema_decay = ema
         self.params = list(model.parameters())
         self.average = [p.detach().clone() for p in self.params]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in self.params if p.ndim > 1], "weight_decay": 0.01},
-                {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0},
-            ],
-            betas=betas,
-            fused=self.params[0].is_cuda,
-        )
+        weights = matrices(model)
+        apart = {id(p) for p in weights}
+        others = [p for p in self.params if id(p) not in apart]
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if weights:
+            self.optimizers.append(Muon(weights))
+        if others:
+            fused = others[0].is_cuda
+            self.optimizers.append(
+                torch.optim.AdamW(others, betas=betas, weight_decay=0.0, fused=fused)
+            )
         self.step = 0
         self.info: dict[str, Any] = {}
         self._resume()
@@ -53,15 +59,17 @@ class Trainer(Generic[Model]):
         return self.apply_gradients(lr)
 
     def clear_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def apply_gradients(self, lr: float) -> torch.Tensor:
         """One optimizer step with the gradients that are there; their norm before clipping."""
         _average_gradients(self.params)
         norm = nn.utils.clip_grad_norm_(self.params, 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
         # Early averages would remember the random start: the window grows with the steps.
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.params], 1 - decay)
@@ -81,7 +89,7 @@ class Trainer(Generic[Model]):
         for (name, p), average in zip(self.model.named_parameters(), self.average, strict=True):
             tensors[f"model.{name}"] = p
             tensors[f"average.{name}"] = average
-            for key, value in self.optimizer.state.get(p, {}).items():
+            for key, value in self._optimizer_of(p).state.get(p, {}).items():
                 tensors[f"{key}.{name}"] = value
         save_state(self.folder, tensors, {"trainer_step": self.step, **info})
 
@@ -95,14 +103,19 @@ class Trainer(Generic[Model]):
         for (name, p), average in zip(self.model.named_parameters(), self.average, strict=True):
             p.copy_(tensors[f"model.{name}"])
             average.copy_(tensors[f"average.{name}"])
-            if f"exp_avg.{name}" in tensors:  # absent where no update has been made yet
-                # A fused optimizer counts its steps on the device, a plain one on the CPU.
-                count_device = p.device if p.is_cuda else "cpu"
-                self.optimizer.state[p] = {
-                    "step": tensors[f"step.{name}"].to(count_device),
-                    "exp_avg": tensors[f"exp_avg.{name}"].to(p.device),
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(p.device),
-                }
+            for key in OPTIMIZER_KEYS:
+                if f"{key}.{name}" in tensors:  # absent where no update has been made yet
+                    # A fused optimizer counts its steps on the device, a plain one on the CPU.
+                    device = "cpu" if key == "step" and not p.is_cuda else p.device
+                    state = self._optimizer_of(p).state.setdefault(p, {})
+                    state[key] = tensors[f"{key}.{name}"].to(device)
+
+    def _optimizer_of(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
+        return next(
+            optimizer
+            for optimizer in self.optimizers
+            if any(parameter is p for p in optimizer.param_groups[0]["params"])
+        )
 
 
 def _average_gradients(params: list[nn.Parameter]) -> None:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -35,6 +35,7 @@ HELD_OUT = 1_000_000_000
 
 HELD_OUT_PER_PLACE = 3  # objects, of 56, for each pair of motion and background
 TWO_SPRITES = 0.2  # share of clips
+CROWD_STRIDE = 61_803_399  # between clips whose sprites meet in a crowd
 MIP_LEVELS = 3
 SMALLEST = 0.4  # drawn size where growth begins and shrinking ends, relative to the full one
 
@@ -141,6 +142,23 @@ def canonical_caption(scene: Scene) -> str:
         MOTIONS[scene.motion],
         BACKGROUNDS[scene.background],
         SIZES[scene.size],
+    )
+
+
+def crowd(clip_id: int, sprites: int) -> Scene:
+    """Training clip `clip_id` with the sprites of other training clips added to its own.
+
+    No clip of the data set, but food for an autoencoder, for which sprites are harder than
+    backgrounds.
+    """
+    scenes = [scene(clip_id)]
+    while sum(len(s.objects) for s in scenes) < sprites:
+        scenes.append(scene((clip_id + len(scenes) * CROWD_STRIDE) % HELD_OUT))
+    return replace(
+        scenes[0],
+        objects=tuple(o for s in scenes for o in s.objects),
+        tracks=np.concatenate([s.tracks for s in scenes]),
+        mirrored=tuple(m for s in scenes for m in s.mirrored),
     )
 
 
