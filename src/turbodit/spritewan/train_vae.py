@@ -196,8 +196,9 @@ class ClipPool:
 
     def advance(self, until: int) -> None:
         """Render the clips up to number `until`, each in the place of the oldest one."""
+        together = min(RENDER_BATCH, len(self.clips))  # no slot twice
         while self.next_clip < until:
-            ids = range(self.next_clip, min(until, self.next_clip + RENDER_BATCH))
+            ids = range(self.next_clip, min(until, self.next_clip + together))
             slots = [clip_id % len(self.clips) for clip_id in ids]
             self.clips[slots] = training_clips(ids, self.clips.device)
             self.next_clip = ids.stop
