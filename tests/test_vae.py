@@ -52,7 +52,10 @@ def test_chunks_are_the_decoded_video(kind: Kind, slicing: bool) -> None:
     chunks = list(vae.decode_chunks(latents))
 
     assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4]
-    torch.testing.assert_close(torch.cat(chunks, 2), vae.decode(latents), rtol=0, atol=0)
+    if slicing:  # one sample at a time: another order of summation
+        torch.testing.assert_close(torch.cat(chunks, 2), vae.decode(latents))
+    else:
+        torch.testing.assert_close(torch.cat(chunks, 2), vae.decode(latents), rtol=0, atol=0)
 
 
 def test_chunks_of_two_videos_can_be_taken_in_turn() -> None:
