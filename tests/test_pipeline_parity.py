@@ -114,7 +114,9 @@ def reference(variant, pipeline_class, solver):
     ],
 )
 def test_latents_and_video_are_those_of_diffusers(tmp_path, variant, pictures, solver):
-    pipe = Pipeline.from_pretrained(tiny_diffusers_folder(tmp_path, variant), device="cpu")
+    pipe = Pipeline.from_pretrained(
+        tiny_diffusers_folder(tmp_path, variant), device="cpu", dtype=torch.float32
+    )
     two_experts = variant in BOUNDARY
     images = dict(zip(("image", "last_image"), map(picture, range(pictures)), strict=False))
     latents, frames = ours(
