@@ -16,7 +16,8 @@ from torch import nn
 from turbodit.checkpoints import load_transformer
 from turbodit.config import PRESETS, TransformerConfig, VAEConfig
 from turbodit.spritewan import train_teacher
-from turbodit.spritewan.train_teacher import LatentBuffer, Options, Rank, flow_matching_loss
+from turbodit.spritewan.rank import Rank
+from turbodit.spritewan.train_teacher import LatentBuffer, Options, flow_matching_loss
 from turbodit.spritewan.world import HELD_OUT
 
 CPU = torch.device("cpu")
@@ -35,6 +36,7 @@ def options(out: Path = Path("unused"), **changes: object) -> Options:
     """A small run on the CPU; encoders are fakes, so their paths do not matter."""
     settings = {
         "batch": 4,
+        "short_batch": 4,
         "first_clips": 8,
         "max_clips": 8,
         "clips_per_step": 4,
@@ -304,12 +306,31 @@ def test_export_is_the_average_and_loads(tmp_path: Path) -> None:
 
 
 def test_captions_are_dropped_in_their_share(tmp_path: Path, contexts: list[torch.Tensor]) -> None:
-    train_teacher.train(options(tmp_path, minutes=2, batch=1_000, caption_dropout=0.25))
+    train_teacher.train(
+        options(tmp_path, minutes=2, batch=1_000, short_share=0, caption_dropout=0.25)
+    )
     masks = [(context == -1).flatten(1).all(dim=1) for context in contexts]
     for context, dropped in zip(contexts, masks, strict=True):
         assert (context[~dropped] >= 0).all()
         assert 195 < dropped.sum() < 305  # four standard deviations around 250
     assert not torch.equal(*masks), "every step has its own draws"
+
+
+def test_training_begins_with_short_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contexts: list[torch.Tensor]
+) -> None:
+    shapes = []
+    timed_loss = train_teacher.flow_matching_loss
+
+    def loss(model: nn.Module, latents: torch.Tensor, context: torch.Tensor, *rest: object):
+        shapes.append(tuple(latents.shape[:3]))
+        return timed_loss(model, latents, context, *rest)
+
+    monkeypatch.setattr(train_teacher, "flow_matching_loss", loss)
+    settings = {"short_share": 0.5, "short_frames": 1, "short_batch": 6}
+    train_teacher.train(options(tmp_path, minutes=4, total_minutes=4, **settings))
+    assert shapes == [(6, 4, 1)] * 2 + [(4, 4, 2)] * 2
+    assert [len(context) for context in contexts] == [6, 6, 4, 4]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(

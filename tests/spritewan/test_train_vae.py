@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 
 from turbodit.spritewan import train_vae
-from turbodit.spritewan.train_vae import VAE_CONFIG, ClipAutoencoder, ClipPool, Options
+from turbodit.spritewan.rank import Rank
+from turbodit.spritewan.train_vae import VAE_CONFIG, ClipAutoencoder, ClipPool, Metrics, Options
+from turbodit.spritewan.world import HELD_OUT
 
 TINY = {**VAE_CONFIG, "base_dim": 4, "decoder_base_dim": 4}
 
@@ -25,7 +28,7 @@ def tiny() -> ClipAutoencoder:
 
 @pytest.fixture
 def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clips of 9 frames and 32x32 pixels, and runs that last `minutes` steps."""
+    """Clips of 9 frames and 32x32 pixels, and steps that take a minute."""
 
     def clip(clip_id: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(clip_id)
@@ -34,19 +37,26 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     def clips(ids: Iterable[int]) -> torch.Tensor:
         return torch.stack([clip(i) for i in ids])
 
-    class StepClock:
-        def __init__(self, minutes: float) -> None:
-            self.steps = int(minutes)
-            self.seconds = 0.0
+    clocks: list[SimpleNamespace] = []
+    make_repeatable = train_vae.repeatable
 
-        @property
-        def over(self) -> bool:
-            self.seconds += 1
-            return self.seconds > self.steps
+    def clock(minutes: float) -> SimpleNamespace:
+        clocks.append(SimpleNamespace(seconds=0.0))
+        return clocks[-1]
+
+    def repeatable(
+        work: Callable[[], Metrics], before: Callable[[], None], device: torch.device
+    ) -> Callable[[], Metrics]:
+        def timed_work() -> Metrics:
+            clocks[-1].seconds += 60
+            return work()
+
+        return make_repeatable(timed_work, before, device)
 
     monkeypatch.setattr(train_vae, "FRAMES", 9)
     monkeypatch.setattr(train_vae, "SIZE", 32)
-    monkeypatch.setattr(train_vae, "Clock", StepClock)
+    monkeypatch.setattr(train_vae, "Clock", clock)
+    monkeypatch.setattr(train_vae, "repeatable", repeatable)
     monkeypatch.setattr(train_vae, "training_clips", lambda ids, device: clips(ids))
     monkeypatch.setattr(train_vae, "render", lambda s, device: clips(x.clip_id for x in s))
 
@@ -62,6 +72,7 @@ def options(out: Path, steps: int) -> Options:
         side=32,
         pool=4,
         evaluation_clips=2,
+        log_steps=1,
         device="cpu",
     )
 
@@ -151,6 +162,14 @@ def test_a_pool_started_late_holds_the_same_clips() -> None:
     window = early.sample(3, 5, 32, torch.Generator().manual_seed(0))
     assert window.shape == (3, 3, 5, 32, 32)
     assert torch.equal(window, late.sample(3, 5, 32, torch.Generator().manual_seed(0)))
+
+
+def test_processes_count_through_clips_of_their_own(tmp_path: Path) -> None:
+    settings = options(tmp_path, 1)
+    newest = [train_vae._clips_wanted(320, settings, Rank(index, 4)) for index in range(4)]
+    assert newest[0] == 320 + settings.pool
+    assert [n - newest[0] for n in newest] == [index * HELD_OUT // 4 for index in range(4)]
+    assert newest[3] < HELD_OUT
 
 
 def test_picture_clips_pan_and_depend_on_the_seed_alone() -> None:

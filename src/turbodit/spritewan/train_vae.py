@@ -2,6 +2,9 @@
 
     python -m turbodit.spritewan.train_vae --out runs/vae --minutes 8
 
+With `torchrun --nproc-per-node N -m turbodit.spritewan.train_vae ...` N devices share the
+work, each with a batch and clips of its own.
+
 Clips are rendered on the device while training goes on. Most have more sprites than a clip
 of the data set, since sprites are what is hard; one in ten is a slow pan over a made-up
 picture, so that photographs survive the autoencoder too. The loss is a
@@ -36,6 +39,7 @@ from torch import nn
 from torch.func import functional_call
 
 from turbodit.config import PRESETS
+from turbodit.spritewan.rank import Rank, join, leave
 from turbodit.spritewan.state import Clock, StageLog
 from turbodit.spritewan.trainer import Trainer, learning_rate, save_pretrained
 from turbodit.spritewan.world import (
@@ -53,7 +57,7 @@ Metrics = dict[str, torch.Tensor]
 
 GEOMETRY = PRESETS["spritewan"].vae
 VAE_CONFIG: dict[str, Any] = {
-    "base_dim": 32,
+    "base_dim": 48,
     "decoder_base_dim": 48,
     "z_dim": GEOMETRY.latent_channels,
     "dim_mult": [1, 2, 2],
@@ -90,7 +94,7 @@ class Options:
     out: Path
     minutes: float = 8.0  # of this run; a later run with the same command goes on
     total_minutes: float = 8.0  # over all runs: the learning rate falls along them
-    batch: int = 16
+    batch: int = 16  # of each device
     frames: int = 17  # of a training window, 4k + 1
     side: int = 128  # of a training window, in pixels: many small steps learn faster
     lr: float = 2e-3
@@ -300,13 +304,13 @@ def train(options: Options, config: dict[str, Any] = VAE_CONFIG) -> None:
 
     Raises:
         ValueError: the window is not 4k + 1 frames of a clip.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the gradient is no longer finite.
     """
     if options.frames % 4 != 1 or not 5 <= options.frames <= FRAMES:
         raise ValueError(f"frames must be 5, 9, ... {FRAMES}, got {options.frames}")
     clock = Clock(options.minutes)
-    log = StageLog(options.out / "log.jsonl")
-    device = torch.device(options.device)
+    rank, device = join(options.device)
+    log = StageLog(options.out / "log.jsonl") if rank.is_first else None
     # Masters stay float32; the networks compute in what inference will use.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.backends.cudnn.benchmark = True
@@ -319,12 +323,14 @@ def train(options: Options, config: dict[str, Any] = VAE_CONFIG) -> None:
     model = ClipAutoencoder(vae).to(device)
     trainer = Trainer(model, options.out / "state", betas=(0.9, 0.99), ema=0.999)
     seconds_before = trainer.info.get("seconds", 0.0)
-    settings = {name: str(value) for name, value in asdict(options).items()}
-    log.write(event="start", step=trainer.step, options=settings)
-    newest = _clips_wanted(trainer.step, options)
+    if log:
+        settings = {name: str(value) for name, value in asdict(options).items()}
+        log.write(event="start", step=trainer.step, devices=rank.count, options=settings)
+    newest = _clips_wanted(trainer.step, options, rank)
     pool = ClipPool(options.pool, newest - options.pool, device)
     pool.advance(newest)
-    log.write(event="rendered", clips=options.pool, seconds=clock.seconds)
+    if log:
+        log.write(event="rendered", clips=options.pool, seconds=clock.seconds)
     window = (options.batch, 3, options.frames, options.side, options.side)
     video = torch.empty(window, device=device)
     noise = torch.empty(latent_shape(video, config), device=device)
@@ -345,22 +351,24 @@ def train(options: Options, config: dict[str, Any] = VAE_CONFIG) -> None:
         }
 
     gradients = repeatable(forward_backward, trainer.clear_gradients, device)
-    last_save = last_log = clock.seconds
+    now = last_save = last_log = rank.agree(clock.seconds, device)
     last_step = trainer.step
-    while not clock.over:
+    while now < 60 * options.minutes:
         step = trainer.step
-        generator = torch.Generator(device).manual_seed(step)
-        pool.advance(_clips_wanted(step, options))
+        generator = torch.Generator(device).manual_seed(step * rank.count + rank.index)
+        pool.advance(_clips_wanted(step, options, rank))
         video.copy_(pool.sample(options.batch, options.frames, options.side, generator))
         noise.normal_(generator=generator)
-        share = (seconds_before + clock.seconds) / (60 * options.total_minutes)
+        share = (seconds_before + now) / (60 * options.total_minutes)
         lr = learning_rate(options.lr, step, WARMUP_STEPS, share)
         metrics = gradients()
         norm = trainer.apply_gradients(lr)
-        if step % options.log_steps == 0:
-            if not metrics["loss"].isfinite():
-                raise FloatingPointError(f"loss is {metrics['loss'].item()} at step {step}")
-            now = clock.seconds
+        if step % options.log_steps:
+            continue
+        if not norm.isfinite():  # of the mean gradient: all processes see it and stop
+            raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {step}")
+        now = rank.agree(clock.seconds, device)
+        if log:
             log.write(
                 step=step,
                 **metrics,
@@ -373,15 +381,25 @@ def train(options: Options, config: dict[str, Any] = VAE_CONFIG) -> None:
             if now - last_save > 60 * options.save_minutes:
                 trainer.save(seconds=seconds_before + now)
                 last_save = now
-    trainer.save(seconds=seconds_before + clock.seconds)
+    if log:
+        trainer.save(seconds=seconds_before + now)
+        _export(trainer.averaged().vae, options, config, log)
+        log.write(event="stop", step=trainer.step, seconds=clock.seconds)
+    leave()
+
+
+def _export(
+    trained: AutoencoderKLWan, options: Options, config: dict[str, Any], log: StageLog
+) -> None:
+    """Write `<out>/vae` with `trained`'s weights, and to the log how well it does."""
+    device = next(trained.parameters()).device
     vae = AutoencoderKLWan(**config).to(device).eval().requires_grad_(False)
-    vae.load_state_dict(trainer.averaged().vae.state_dict())
+    vae.load_state_dict(trained.state_dict())
     set_latent_statistics(vae, options.evaluation_clips, device)
     save_pretrained(copy.deepcopy(vae).bfloat16(), options.out / "vae")
     for dtype in (torch.float32, torch.bfloat16):
         results = evaluate(copy.deepcopy(vae).to(dtype), options.evaluation_clips, device)
         log.write(event="evaluation", dtype=str(dtype), **results)
-    log.write(event="stop", step=trainer.step, seconds=clock.seconds)
 
 
 def repeatable(
@@ -419,9 +437,13 @@ def repeatable(
     return replay
 
 
-def _clips_wanted(step: int, options: Options) -> int:
-    """Number of clips that have been rendered by `step`: new ones come in whole batches."""
-    return step * CLIPS_PER_STEP // RENDER_BATCH * RENDER_BATCH + options.pool
+def _clips_wanted(step: int, options: Options, rank: Rank) -> int:
+    """One past the newest clip's number at `step`: new ones come in whole batches.
+
+    Each process counts through a part of the training clips that is its own.
+    """
+    first = HELD_OUT // rank.count * rank.index
+    return first + step * CLIPS_PER_STEP // RENDER_BATCH * RENDER_BATCH + options.pool
 
 
 def latent_shape(video: torch.Tensor, config: dict[str, Any]) -> tuple[int, int, int, int, int]:

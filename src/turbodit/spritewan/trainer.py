@@ -126,8 +126,8 @@ def _average_gradients(params: list[nn.Parameter]) -> None:
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        g.copy_(mean.view_as(g))
+    means = flat.split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [m.view_as(g) for m, g in zip(means, gradients, strict=True)])
 
 
 def learning_rate(peak: float, step: int, warmup: int, share: float) -> float:
