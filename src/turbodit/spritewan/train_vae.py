@@ -427,7 +427,8 @@ def repeatable(
     torch.cuda.current_stream().wait_stream(side)
     before()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Threads of other libraries, such as NCCL's, may go on calling CUDA meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         metrics = work()
 
     def replay() -> Metrics:
