@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,17 +22,16 @@ from turbodit.model.wan import WanModel
 from turbodit.pipeline import Pipeline
 from turbodit.random_models import random_pipeline
 from turbodit.sampling import gaussian_noise
-from turbodit.spritewan import train_vae
+from turbodit.spritewan import train_teacher, train_vae
 from turbodit.spritewan.train_vae import (
     VAE_CONFIG,
     ClipAutoencoder,
-    Metrics,
     NormSiLU,
     autoencoder_loss,
     fuse_norms,
-    repeatable,
     to_signed,
 )
+from turbodit.spritewan.trainer import Metrics, Trainer, repeatable
 from turbodit.spritewan.world import HELD_OUT, render, scene
 from turbodit.text_encoder import TextEncoder
 from turbodit.vae import VideoVAE
@@ -316,3 +316,36 @@ def test_a_cuda_graph_gives_the_gradients_of_the_same_work_run_step_by_step() ->
         exact, own_error = wanted[seed]
         assert relative_error(outcome(graph), exact) <= 2 * own_error < 0.1
     assert relative_error(wanted[1][0], wanted[2][0]) > 0.1, "the inputs make no difference"
+
+
+@pytest.mark.usefixtures("exact_float32", "fresh_compiler")
+def test_the_teachers_gradients_are_those_of_each_batch(tmp_path: Path) -> None:
+    """Whatever the batches' shape, and though each one is written over the last."""
+    config = TransformerConfig(
+        dim=64, ffn_dim=128, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8, text_len=5
+    )
+    torch.manual_seed(0)
+    on_cpu = WanModel(config)
+    model = copy.deepcopy(on_cpu).to(CUDA)
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    trainer = Trainer(model, tmp_path / "none", betas=(0.9, 0.98), ema=0.999)
+    gradients = train_teacher.Gradients(model, trainer, CUDA)
+
+    def flat(model: WanModel) -> torch.Tensor:
+        return torch.cat([p.grad.flatten().cpu() for p in model.parameters()])
+
+    def by_hand(batch: list[torch.Tensor], bf16: bool) -> torch.Tensor:
+        on_cpu.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            loss = train_teacher.flow_matching_loss(on_cpu, *batch)
+        loss.backward()
+        return flat(on_cpu)
+
+    for frames in (1, 1, 3, 3):
+        noisy, velocity = torch.randn(2, 2, 4, frames, 8, 8).unbind()
+        batch = [noisy, torch.rand(2, frames), velocity, torch.randn(2, 5, 8)]
+        exact = by_hand(batch, bf16=False)
+        loss = gradients(*(x.to(CUDA) for x in batch))["loss"]
+        assert loss.isfinite()
+        assert relative_error(flat(model), exact) <= 2 * relative_error(by_hand(batch, True), exact)

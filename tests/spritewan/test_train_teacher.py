@@ -17,7 +17,7 @@ from turbodit.checkpoints import load_transformer
 from turbodit.config import PRESETS, TransformerConfig, VAEConfig
 from turbodit.spritewan import train_teacher
 from turbodit.spritewan.rank import Rank
-from turbodit.spritewan.train_teacher import LatentBuffer, Options, flow_matching_loss
+from turbodit.spritewan.train_teacher import LatentBuffer, Options, add_noise, flow_matching_loss
 from turbodit.spritewan.world import HELD_OUT
 
 CPU = torch.device("cpu")
@@ -78,7 +78,9 @@ def clips() -> Clips:
 def loss_of(model: nn.Module, clips: Clips, image_share: float) -> float:
     settings = options(image_share=image_share, time_shift=SHIFT)
     generator = torch.Generator().manual_seed(0)
-    return flow_matching_loss(model, *clips, settings, generator).item()
+    latents, context = clips
+    noisy, t, velocity = add_noise(latents, settings, generator)
+    return flow_matching_loss(model, noisy, t, velocity, context).item()
 
 
 @pytest.mark.parametrize("image_share", [0.0, 0.3, 1.0])
@@ -254,10 +256,10 @@ def contexts(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         clocks.append(SimpleNamespace(seconds=0.0))
         return clocks[-1]
 
-    def loss(model: nn.Module, latents: torch.Tensor, context: torch.Tensor, *rest: object):
+    def loss(model: nn.Module, *batch: torch.Tensor) -> torch.Tensor:
         clocks[-1].seconds += 60
-        seen.append(context)
-        return flow_matching_loss(model, latents, context, *rest)
+        seen.append(batch[-1].clone())
+        return flow_matching_loss(model, *batch)
 
     monkeypatch.setattr(train_teacher, "Clock", clock)
     monkeypatch.setattr(train_teacher, "flow_matching_loss", loss)
@@ -322,9 +324,9 @@ def test_training_begins_with_short_clips(
     shapes = []
     timed_loss = train_teacher.flow_matching_loss
 
-    def loss(model: nn.Module, latents: torch.Tensor, context: torch.Tensor, *rest: object):
-        shapes.append(tuple(latents.shape[:3]))
-        return timed_loss(model, latents, context, *rest)
+    def loss(model: nn.Module, *batch: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(batch[0].shape[:3]))
+        return timed_loss(model, *batch)
 
     monkeypatch.setattr(train_teacher, "flow_matching_loss", loss)
     settings = {"short_share": 0.5, "short_frames": 1, "short_batch": 6}

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from turbodit.spritewan import train_vae
 from turbodit.spritewan.rank import Rank
-from turbodit.spritewan.train_vae import VAE_CONFIG, ClipAutoencoder, ClipPool, Metrics, Options
+from turbodit.spritewan.train_vae import VAE_CONFIG, ClipAutoencoder, ClipPool, Options
+from turbodit.spritewan.trainer import Metrics
 from turbodit.spritewan.world import HELD_OUT
 
 TINY = {**VAE_CONFIG, "base_dim": 4, "decoder_base_dim": 4}

@@ -17,7 +17,7 @@ work, each with a batch and clips of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from turbodit.noise_schedule import shift_time
 from turbodit.spritewan.rank import Rank, join, leave
 from turbodit.spritewan.state import Clock, StageLog
 from turbodit.spritewan.train_vae import to_signed
-from turbodit.spritewan.trainer import Trainer, learning_rate
+from turbodit.spritewan.trainer import Metrics, Trainer, learning_rate, repeatable
 from turbodit.spritewan.world import FRAMES, HELD_OUT, SIZE, Scene, render, scene
 from turbodit.text_encoder import TextEncoder
 from turbodit.vae import VideoVAE
@@ -149,29 +149,59 @@ class LatentBuffer:
         return self.latents[rows].float(), self.context[rows].float()
 
 
-def flow_matching_loss(
-    model: torch.nn.Module,
-    latents: torch.Tensor,
-    context: torch.Tensor,
-    options: Options,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    """Mean squared error of the velocity over the frames that are noisy; scalar."""
+def add_noise(
+    latents: torch.Tensor, options: Options, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents (B,C,T,H,W) -> noisy latents, their times (B,T), 0 for clean frames, velocity."""
     batch, _, frames, _, _ = latents.shape
     device = latents.device
     noise = torch.randn(latents.shape, generator=generator, device=device)
     # Stratified times: the same spread in every batch makes the gradient quieter.
     offsets = torch.rand(batch, generator=generator, device=device)
     t = shift_time((torch.arange(batch, device=device) + offsets) / batch, options.time_shift)
-    t = t[:, None].expand(batch, frames)
+    t = t[:, None].repeat(1, frames)
     keep_first = torch.rand(batch, generator=generator, device=device) < options.image_share
-    clean = torch.zeros(batch, frames, dtype=torch.bool, device=device)
-    clean[:, 0] = keep_first
-    t = t.masked_fill(clean, 0.0)
+    t[:, 0].masked_fill_(keep_first, 0.0)
     mix = t[:, None, :, None, None]
-    velocity = model((1 - mix) * latents + mix * noise, t, context).float()
-    error = (velocity - (noise - latents)).square().mean(dim=(1, 3, 4))
-    return error[~clean].mean() if clean.any() else error.mean()
+    return (1 - mix) * latents + mix * noise, t, noise - latents
+
+
+def flow_matching_loss(
+    model: torch.nn.Module,
+    noisy: torch.Tensor,
+    t: torch.Tensor,
+    velocity: torch.Tensor,
+    context: torch.Tensor,
+) -> torch.Tensor:
+    """Mean squared error of the velocity (B,C,T,H,W) over the frames with t > 0; scalar."""
+    error = (model(noisy, t, context).float() - velocity).square().mean(dim=(1, 3, 4))
+    is_noisy = t > 0
+    return (error * is_noisy).sum() / is_noisy.sum()
+
+
+class Gradients:
+    """Gradients of the loss for batches of one shape, which a GPU replays as one graph."""
+
+    def __init__(self, model: WanModel, trainer: Trainer[WanModel], device: torch.device) -> None:
+        self.model, self.trainer, self.device = model, trainer, device
+        self.inputs: tuple[torch.Tensor, ...] = ()
+        self.run: Callable[[], Metrics]
+
+    def __call__(self, *inputs: torch.Tensor) -> Metrics:
+        """Leave the gradients at these inputs of `flow_matching_loss` behind."""
+        if [x.shape for x in inputs] == [x.shape for x in self.inputs]:
+            for mine, given in zip(self.inputs, inputs, strict=True):
+                mine.copy_(given)
+        else:
+            self.inputs = inputs
+            self.run = repeatable(self._work, self.trainer.clear_gradients, self.device)
+        return self.run()
+
+    def _work(self) -> Metrics:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            loss = flow_matching_loss(self.model, *self.inputs)
+        loss.backward()
+        return {"loss": loss.detach()}
 
 
 def train(options: Options) -> None:
@@ -196,6 +226,7 @@ def train(options: Options) -> None:
     if options.compile:
         for block in model.blocks:
             block.compile(dynamic=False)  # kernels of their own for short clips and for whole ones
+    gradients = Gradients(model, trainer, device)
     now = last_save = rank.agree(clock.seconds, device)
     while now < 60 * options.minutes:
         step = trainer.step
@@ -210,10 +241,9 @@ def train(options: Options) -> None:
         latents = latents[:, :, :frames]
         drop = torch.rand(batch, generator=generator, device=device)
         context = torch.where((drop < options.caption_dropout)[:, None, None], dropped, context)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = flow_matching_loss(model, latents, context, options, generator)
+        metrics = gradients(*add_noise(latents, options, generator), context)
         lr = learning_rate(options.lr, step, WARMUP_STEPS, share)
-        norm = trainer.update(loss, lr)
+        norm = trainer.apply_gradients(lr)
         if step % options.log_steps:
             continue
         if not norm.isfinite():  # of the mean gradient: all processes see it and stop
@@ -222,7 +252,7 @@ def train(options: Options) -> None:
         if log:
             log.write(
                 step=step,
-                loss=loss.detach(),
+                **metrics,
                 gradient_norm=norm,
                 lr=lr,
                 clips=buffer.next_clip,

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,13 @@ from torch.func import functional_call
 from turbodit.config import PRESETS
 from turbodit.spritewan.rank import Rank, join, leave
 from turbodit.spritewan.state import Clock, StageLog
-from turbodit.spritewan.trainer import Trainer, learning_rate, save_pretrained
+from turbodit.spritewan.trainer import (
+    Metrics,
+    Trainer,
+    learning_rate,
+    repeatable,
+    save_pretrained,
+)
 from turbodit.spritewan.world import (
     BACKGROUNDS,
     FRAMES,
@@ -52,8 +57,6 @@ from turbodit.spritewan.world import (
     render,
     scene,
 )
-
-Metrics = dict[str, torch.Tensor]
 
 GEOMETRY = PRESETS["spritewan"].vae
 VAE_CONFIG: dict[str, Any] = {
@@ -400,42 +403,6 @@ def _export(
     for dtype in (torch.float32, torch.bfloat16):
         results = evaluate(copy.deepcopy(vae).to(dtype), options.evaluation_clips, device)
         log.write(event="evaluation", dtype=str(dtype), **results)
-
-
-def repeatable(
-    work: Callable[[], Metrics], before: Callable[[], None], device: torch.device
-) -> Callable[[], Metrics]:
-    """`work`, which leaves gradients behind, as a function to call again and again.
-
-    On a GPU it becomes a CUDA graph: started one by one, its 5,000 kernels take the CPU three
-    times as long as they take the GPU. Its inputs, gradients and results then stay in place.
-    `before` forgets the gradients of the last call, where that is needed.
-    """
-    if device.type != "cuda":
-
-        def eager() -> Metrics:
-            before()
-            return work()
-
-        return eager
-    side = torch.cuda.Stream()  # CUDA graphs must not be captured from the default stream
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # compile, choose convolution algorithms, make workspaces
-            before()
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    before()
-    graph = torch.cuda.CUDAGraph()
-    # Threads of other libraries, such as NCCL's, may go on calling CUDA meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        metrics = work()
-
-    def replay() -> Metrics:
-        graph.replay()
-        return metrics
-
-    return replay
 
 
 def _clips_wanted(step: int, options: Options, rank: Rank) -> int:
