@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -183,3 +184,23 @@ def test_what_cannot_be_loaded_is_refused(folder, options, message):
 def test_unknown_option(pipe):
     with pytest.raises(TypeError, match="num_frames"):
         pipe("a cat", num_frames=5)
+
+
+def test_a_text_encoder_of_another_width_is_refused(pipe):
+    shape = dataclasses.replace(pipe.model.transformer, text_dim=7)
+    model = dataclasses.replace(pipe.model, transformer=shape)
+    width = pipe.text_encoder.dim
+    with pytest.raises(ValueError, match=f"have width {width}, .* expects 7"):
+        Pipeline(model, list(pipe.transformers.values()), pipe.vae, pipe.text_encoder)
+
+
+def test_the_cache_knows_the_vocabulary(folder, tmp_path, monkeypatch):
+    pipe = Pipeline.from_pretrained(folder, device="cpu", prompt_cache=tmp_path)
+    pipe("a cat", seed=1, **SMALL)
+    before = len(list(tmp_path.iterdir()))
+    tokens = pipe.text_encoder.tokenizer.get_vocab()
+    first, second, *_ = tokens
+    other = tokens | {first: tokens[second], second: tokens[first]}
+    monkeypatch.setattr(type(pipe.text_encoder.tokenizer), "get_vocab", lambda self: other)
+    Pipeline.from_pretrained(folder, device="cpu", prompt_cache=tmp_path)("a cat", **SMALL)
+    assert len(list(tmp_path.iterdir())) == 2 * before

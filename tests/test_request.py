@@ -30,6 +30,22 @@ def test_defaults_are_the_models():
     assert s.sigma_max is s.mid_times is s.ode is s.boundary is s.guidance_high_noise is None
 
 
+@pytest.mark.parametrize(
+    ("model", "size", "shift"),
+    [
+        ("Wan2.1-I2V-14B-720P", {}, 5.0),
+        ("Wan2.1-I2V-14B-720P", {"resolution": "480p"}, 3.0),
+        ("Wan2.1-I2V-14B-480P", {}, 3.0),
+        ("Wan2.1-I2V-14B-480P", {"width": 1280, "height": 720}, 5.0),
+        ("Wan2.1-T2V-14B", {"resolution": "480p"}, 5.0),
+    ],
+)
+def test_small_frames_of_an_image_model_have_a_shift_of_their_own(model, size, shift):
+    image = PICTURE if "I2V" in model else None
+    assert settings(PRESETS[model], image=image, **size).shift == shift
+    assert settings(PRESETS[model], image=image, shift=7.0, **size).shift == 7.0
+
+
 def test_two_experts_have_their_own_guidance():
     s = settings(A14B)
     assert (s.guidance, s.guidance_high_noise, s.boundary) == (3.0, 4.0, 0.875)

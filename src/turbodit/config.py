@@ -93,7 +93,8 @@ class SamplingConfig:
 
     `guidance_high_noise` belongs to the high-noise expert of two-expert models,
     `guidance` to the low-noise one (and to single models); `boundary` is the
-    rectified-flow time above which the high-noise expert works.
+    rectified-flow time above which the high-noise expert works. `shift_480p`, where a model
+    has one, takes the place of `shift` for frames of up to 832x480 pixels.
     """
 
     steps: int
@@ -101,6 +102,7 @@ class SamplingConfig:
     guidance: float
     guidance_high_noise: float | None = None
     boundary: float | None = None
+    shift_480p: float | None = None
     solver: Solver = "unipc"
     sigma_max: float = 80.0
     negative_prompt: str = WAN_NEGATIVE_PROMPT
@@ -205,6 +207,13 @@ def _wan21(
 
 
 _I2V_21_NEGATIVE_PROMPT = "镜头晃动，" + WAN_NEGATIVE_PROMPT
+_I2V_21_SAMPLING = SamplingConfig(
+    steps=40,
+    shift=5.0,
+    shift_480p=3.0,
+    guidance=5.0,
+    negative_prompt=_I2V_21_NEGATIVE_PROMPT,
+)
 _BOTH = {"480p": SIZES_480P, "720p": SIZES_720P}
 _480P_ONLY = {"480p": SIZES_480P}
 _720P_FIRST = {"720p": SIZES_720P, "480p": SIZES_480P}
@@ -230,18 +239,14 @@ PRESETS: dict[str, ModelConfig] = {
             "Wan2.1-I2V-14B-480P",
             "i2v",
             _wan_14b(in_dim=36, image_dim=1280),
-            SamplingConfig(
-                steps=40, shift=3.0, guidance=5.0, negative_prompt=_I2V_21_NEGATIVE_PROMPT
-            ),
+            _I2V_21_SAMPLING,
             _480P_ONLY,
         ),
         _wan21(
             "Wan2.1-I2V-14B-720P",
             "i2v",
             _wan_14b(in_dim=36, image_dim=1280),
-            SamplingConfig(
-                steps=40, shift=5.0, guidance=5.0, negative_prompt=_I2V_21_NEGATIVE_PROMPT
-            ),
+            _I2V_21_SAMPLING,
             _720P_FIRST,
         ),
         _wan21(

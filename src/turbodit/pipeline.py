@@ -59,7 +59,8 @@ class Pipeline:
         prompt_cache: folder of text embeddings; None keeps none.
 
     Raises:
-        ValueError: a number of experts that does not fit `model`, an unknown offload mode.
+        ValueError: a number of experts or a text encoder that does not fit `model`, an unknown
+            offload mode.
     """
 
     def __init__(
@@ -76,6 +77,11 @@ class Pipeline:
     ) -> None:
         if len(transformers) != model.experts:
             raise ValueError(f"{model.name} has {model.experts} expert(s), got {len(transformers)}")
+        if text_encoder.dim != model.transformer.text_dim:
+            raise ValueError(
+                f"the text encoder's embeddings have width {text_encoder.dim}, {model.name} "
+                f"expects {model.transformer.text_dim}"
+            )
         self.model = model
         self.device = torch.device(device)
         self.vae, self.text_encoder, self.image_encoder = vae, text_encoder, image_encoder
@@ -83,7 +89,8 @@ class Pipeline:
         self._cache = None
         if prompt_cache is not None:
             weights = fingerprint(text_encoder.model)
-            identity = f"{weights} {text_encoder.max_length} {self.device.type}"
+            words = text_encoder.vocabulary_fingerprint()
+            identity = f"{weights} {words} {text_encoder.max_length} {self.device.type}"
             self._cache = PromptCache(Path(prompt_cache), identity)
         modules: dict[str, nn.Module] = {"vae": vae.model, "text_encoder": text_encoder.model}
         modules |= self.transformers

@@ -22,6 +22,7 @@ MAX_SIDE = 16_384  # pixels
 MAX_TOKENS = 2**20  # a 720p clip of 81 frames has 75,600
 MAX_STEPS = 1000  # timesteps of the training schedule
 MAX_FPS = 240
+AREA_480P = 832 * 480  # pixels
 MULTISTEP_STEPS = 50  # where the model's own default is the few-step sampler
 
 
@@ -125,7 +126,7 @@ def resolve(request: GenerationRequest, model: ModelConfig) -> Settings:
         fps=fps,
         image=None if image is None else fit_image(image, width, height),
         last_image=None if last_image is None else fit_image(last_image, width, height),
-        **_schedule(request, model.sampling),
+        **_schedule(request, model.sampling, width * height),
         **_guidance(request, model),
     )
 
@@ -295,8 +296,8 @@ def _frames(request: GenerationRequest, model: ModelConfig, width: int, height: 
     return frames
 
 
-def _schedule(request: GenerationRequest, defaults: SamplingConfig) -> dict[str, Any]:
-    """Solver, steps and what belongs to the solver."""
+def _schedule(request: GenerationRequest, defaults: SamplingConfig, pixels: int) -> dict[str, Any]:
+    """Solver, steps and what belongs to the solver, for frames of so many pixels."""
     solver = request.solver or defaults.solver
     _require(
         solver in get_args(Solver),
@@ -327,7 +328,10 @@ def _schedule(request: GenerationRequest, defaults: SamplingConfig) -> dict[str,
     if request.steps is None and defaults.solver == "few-step":
         steps = MULTISTEP_STEPS
     _require(1 <= steps <= MAX_STEPS, f"steps must be between 1 and {MAX_STEPS}, got {steps}")
-    shift = defaults.shift if request.shift is None else request.shift
+    default = defaults.shift
+    if defaults.shift_480p is not None and pixels <= AREA_480P:
+        default = defaults.shift_480p
+    shift = default if request.shift is None else request.shift
     _require(shift > 0, f"shift must be positive, got {shift}")
     return {"solver": solver, "steps": steps, "shift": shift}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import re
 from pathlib import Path
@@ -92,6 +93,11 @@ class TextEncoder:
     def dim(self) -> int:
         """Width of the embeddings."""
         return self.model.config.d_model
+
+    def vocabulary_fingerprint(self) -> str:
+        """Hash of the tokenizer's tokens and their numbers."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
 
     def to(self, *args: Any, **kwargs: Any) -> TextEncoder:
         """Move or cast the network, as `torch.nn.Module.to` does."""

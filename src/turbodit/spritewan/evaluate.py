@@ -61,7 +61,9 @@ def evaluate(options: Options) -> dict[str, dict[str, Any]]:
     pipe = Pipeline.from_pretrained(options.model, device=options.device)
     judge = load_judge(options.judge, device=pipe.device)
     scenes = [scene(HELD_OUT + index) for index in range(options.clips)]
-    rows = {"ground truth": judged(judge, ground_truth(scenes, options), scenes, options)}
+    rows = {
+        "ground truth": judged(judge, ground_truth(scenes, options, pipe.device), scenes, options)
+    }
     for steps in options.steps:
         name = f"text, {steps} steps"
         start = time.monotonic()
@@ -72,7 +74,7 @@ def evaluate(options: Options) -> dict[str, dict[str, Any]]:
     if options.images:
         some = scenes[: options.images]
         videos = from_images(pipe, some, options)
-        truth = ground_truth(some, options)[:, 0].float()
+        truth = ground_truth(some, options, pipe.device)[:, 0].float()
         error = (videos[:, 0].float() - truth).square().mean(dim=(1, 2, 3))
         rows["image"] = {
             **judged(judge, videos, some, options),
@@ -85,9 +87,9 @@ def evaluate(options: Options) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def ground_truth(scenes: Sequence[Scene], options: Options) -> torch.Tensor:
-    """The scenes themselves, uint8 (B,T,3,H,W)."""
-    return torch.cat([render(part) for part in _batches(scenes, options.batch)])
+def ground_truth(scenes: Sequence[Scene], options: Options, device: torch.device) -> torch.Tensor:
+    """The scenes themselves, drawn on `device`: uint8 (B,T,3,H,W) on the CPU."""
+    return torch.cat([render(part, device).cpu() for part in _batches(scenes, options.batch)])
 
 
 def from_text(
