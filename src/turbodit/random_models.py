@@ -23,6 +23,10 @@ class RandomTextEncoder(TextEncoder):
         self.max_length = length
         self._like = torch.empty(length, dim, dtype=dtype, device=device)
 
+    @property
+    def dim(self) -> int:
+        return self._like.shape[1]
+
     def encode(self, prompts: list[str]) -> torch.Tensor:
         return torch.stack([torch.randn_like(self._like) for _ in prompts])
 
