@@ -1,0 +1,455 @@
+"""Quantised attention on a GPU; `reference` says what is computed.
+
+Three passes: column statistics of K and V, quantised copies of q, k and v, attention. The
+time goes into the attention loop, so whatever can leave it has left it:
+
+- Copies of K and V are whole blocks, zeros past the end, each block contiguous: the loop loads
+  without masks and knows no strides.
+- A query row's scale, the softmax scale and log2(e) are one factor. All factors are positive,
+  so the maximum of a row is taken before they are applied.
+- For fp8, P is stretched by moving the exponent, which is free; the row sum stretches with it.
+  V's channel scales and mean enter once, at the end.
+- fp8 tensor cores read V with its keys contiguous, so V's blocks are written transposed. They
+  also want four neighbouring keys of P in one thread, where the accumulator of Q K^T leaves
+  two and two. A sum has no order: `_pair_keys` renumbers the keys of P so that every value
+  stays in its thread, and V's copy is written in the same order.
+- fp8 tensor cores of compute capability 8.9 and 9.0 add with about 14 bits. Each block's
+  P V is summed by itself and added in float32, in the multiplication that rescales the sum.
+
+Shapes: B batch, H heads (Hkv of k and v), Lq/Lk length, D head dimension, Mq/Mk number of
+query/key blocks. Copies: q (B,H,L,D) with L rounded up, k (B,Hkv,Mk,block_k,D),
+v (B,Hkv,Mk,block_k,D) in float16 or (B,Hkv,Mk,D,block_k) in fp8.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from turbodit.kernels.linear_attention.reference import EPS
+from turbodit.kernels.quantized_attention.reference import INT8_MAX, TINY, V_MAX, Linear
+
+
+class Launch(NamedTuple):
+    """How the attention kernel is launched; a program has one warp for 16 query rows."""
+
+    rows: int  # of queries in one program, at most
+    stages: int  # blocks of K and V on their way at once, and being read
+    registers: int | None = None  # of a thread, at most, where a program has that many rows
+
+
+# By compute capability and head dimension. Hopper: three programs of 128 threads share a
+# multiprocessor, and one's softmax runs beside another's matrix products; the registers are
+# what a third of a multiprocessor has (a quarter for D = 64).
+LAUNCH = {
+    (80, 64): Launch(128, 3),
+    (80, 128): Launch(128, 3),
+    (90, 64): Launch(64, 4, 128),
+    (90, 128): Launch(64, 3, 168),
+    (100, 64): Launch(128, 3),
+    (100, 128): Launch(128, 3),
+}
+# Other devices have 99 KiB of shared memory.
+SMALL_LAUNCH = Launch(64, 2)
+# Rows that one program of the statistics reads, and at a time.
+CHUNK, TILE = 512, 32
+
+LOG2_E = 1.4426950408889634
+_LOG2_E = tl.constexpr(LOG2_E)
+_EPS = tl.constexpr(EPS)
+_TINY = tl.constexpr(TINY)
+_INT8_MAX = tl.constexpr(INT8_MAX)
+_LOG2_FP8_MAX = tl.constexpr(8.807354922057604)
+
+
+@triton.jit
+def _rows(pointer, rows, length, batch, head, stride_b, stride_l, stride_h, D: tl.constexpr):
+    """x[batch, rows, head] in float32, zeros past the end, and which rows are real."""
+    pointer += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    real = rows[:, None] < length
+    offsets = rows[:, None].to(tl.int64) * stride_l + tl.arange(0, D)[None, :]
+    return tl.load(pointer + offsets, mask=real, other=0.0).to(tl.float32), real
+
+
+@triton.jit
+def _statistics_kernel(
+    x_ptr, sum_ptr, min_ptr, max_ptr, length, stride_b, stride_l, stride_h,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Sum, minimum and maximum of each channel over CHUNK rows of one head."""
+    chunk, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    total = tl.zeros((TILE, D), tl.float32)
+    lowest = tl.full((TILE, D), float("inf"), tl.float32)
+    highest = tl.full((TILE, D), float("-inf"), tl.float32)
+    for first in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, length), TILE):
+        rows = first + tl.arange(0, TILE)
+        x, real = _rows(x_ptr, rows, length, batch, head, stride_b, stride_l, stride_h, D)
+        total += x
+        lowest = tl.minimum(lowest, tl.where(real, x, float("inf")))
+        highest = tl.maximum(highest, tl.where(real, x, float("-inf")))
+    out = ((batch * tl.num_programs(1) + head) * tl.num_programs(0) + chunk) * D + tl.arange(0, D)
+    tl.store(sum_ptr + out, tl.sum(total, axis=0))
+    tl.store(min_ptr + out, tl.min(lowest, axis=0))
+    tl.store(max_ptr + out, tl.max(highest, axis=0))
+
+
+@triton.jit
+def _combine_kernel(
+    sum_ptr, min_ptr, max_ptr, mean_ptr, scale_ptr, chunks, length, limit,
+    TILE: tl.constexpr, D: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """Mean of each channel of one head; scale that takes |x|, or |x - mean|, up to `limit`."""
+    head_index = tl.program_id(0)
+    dims = tl.arange(0, D)
+    total = tl.zeros((TILE, D), tl.float32)
+    lowest = tl.full((TILE, D), float("inf"), tl.float32)
+    highest = tl.full((TILE, D), float("-inf"), tl.float32)
+    for first in range(0, chunks, TILE):
+        rows = first + tl.arange(0, TILE)[:, None]
+        offsets, real = (head_index * chunks + rows) * D + dims[None, :], rows < chunks
+        total += tl.load(sum_ptr + offsets, mask=real, other=0.0)
+        lowest = tl.minimum(lowest, tl.load(min_ptr + offsets, mask=real, other=float("inf")))
+        highest = tl.maximum(highest, tl.load(max_ptr + offsets, mask=real, other=float("-inf")))
+    mean = tl.sum(total, axis=0) / length
+    tl.store(mean_ptr + head_index * D + dims, mean)
+    largest, smallest = tl.max(highest, axis=0), tl.min(lowest, axis=0)
+    if SMOOTH:
+        largest, smallest = largest - mean, smallest - mean
+    scale = tl.maximum(tl.maximum(largest, -smallest), _TINY) / limit
+    tl.store(scale_ptr + head_index * D + dims, scale)
+
+
+@triton.jit
+def _to_int8(x):
+    """The nearest integers of |x| <= 127.
+
+    Added to 1.5 * 2^23, a float holds them in its low bits: faster than the units that convert.
+    """
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _quantize_int8_kernel(
+    x_ptr, mean_ptr, out_ptr, scale_ptr, length, factor, stride_b, stride_l, stride_h,
+    ROWS: tl.constexpr, D: tl.constexpr, SCALE_PER_ROW: tl.constexpr,
+):  # fmt: skip
+    """int8 copy of ROWS rows of one head, minus the mean if there is one."""
+    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head_index = batch * tl.num_programs(1) + head
+    dims, rows = tl.arange(0, D), block * ROWS + tl.arange(0, ROWS)
+    x, real = _rows(x_ptr, rows, length, batch, head, stride_b, stride_l, stride_h, D)
+    if mean_ptr is not None:
+        x = tl.where(real, x - tl.load(mean_ptr + head_index * D + dims)[None, :], 0.0)
+    largest = tl.max(tl.abs(x), axis=1)
+    index = (head_index * tl.num_programs(0) + block).to(tl.int64)
+    if SCALE_PER_ROW:
+        scale = tl.maximum(largest, _TINY) / _INT8_MAX
+        tl.store(scale_ptr + index * ROWS + tl.arange(0, ROWS), scale * factor)
+        x = x * (1 / scale)[:, None]
+    else:
+        scale = tl.maximum(tl.max(largest, axis=0), _TINY) / _INT8_MAX
+        tl.store(scale_ptr + index, scale * factor)
+        x = x * (1 / scale)
+    offsets = (index * ROWS + tl.arange(0, ROWS)[:, None]) * D + dims[None, :]
+    tl.store(out_ptr + offsets, _to_int8(x))
+
+
+@triton.jit
+def _pair_keys(x, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """Renumbers the columns of x (ROWS, KEYS): pairs 0 1 | 8 9 | 2 3 | 10 11 | ... of each 16.
+
+    A thread of Q K^T holds columns 2t, 2t+1, 2t+8 and 2t+9 of each 16 (t = 0..3). As an
+    operand of an fp8 product it must hold 4t to 4t+3: the same values, renumbered.
+    """
+    x = tl.reshape(x, (ROWS, KEYS // 16, 2, 4, 2))
+    return tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), (ROWS, KEYS))
+
+
+@triton.jit
+def _quantize_values_kernel(
+    v_ptr, mean_ptr, scale_ptr, out_ptr, length, stride_b, stride_l, stride_h,
+    BLOCK_K: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """float16 copy of one block of V, or a transposed fp8 copy in the order of `_pair_keys`."""
+    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head_index = batch * tl.num_programs(1) + head
+    dims, keys = tl.arange(0, D), tl.arange(0, BLOCK_K)
+    rows = block * BLOCK_K + keys
+    v, real = _rows(v_ptr, rows, length, batch, head, stride_b, stride_l, stride_h, D)
+    if mean_ptr is not None:
+        v = tl.where(real, v - tl.load(mean_ptr + head_index * D + dims)[None, :], 0.0)
+    v = v * (1 / tl.load(scale_ptr + head_index * D + dims))[None, :]
+    out_ptr += (head_index * tl.num_programs(0) + block).to(tl.int64) * BLOCK_K * D
+    v = v.to(out_ptr.dtype.element_ty)
+    if FP8:
+        v = _pair_keys(tl.trans(v), D, BLOCK_K)
+        tl.store(out_ptr + dims[:, None] * BLOCK_K + keys[None, :], v)
+    else:
+        tl.store(out_ptr + keys[:, None] * D + dims[None, :], v)
+
+
+@triton.jit
+def _linear_branch(
+    q_ptr, offsets, real, kv_ptr, kv_scale_ptr, k_sum_ptr, bias_ptr,
+    ROWS: tl.constexpr, D: tl.constexpr, FEATURE_MAP: tl.constexpr,
+):  # fmt: skip
+    """phi(q) kv / (phi(q) . k_sum + 1e-5) + bias for a tile of q, float32.
+
+    It walks over PART channels of phi(q) at a time, so as not to need more registers than the
+    attention loop. Softmax is divided by its sum at the end.
+    """
+    PART: tl.constexpr = 32
+    dims = tl.arange(0, D)
+    largest = tl.zeros((ROWS,), tl.float32)
+    if FEATURE_MAP == "softmax":
+        row = tl.load(q_ptr + offsets[:, None] + dims[None, :], mask=real[:, None], other=0.0)
+        largest = tl.max(row.to(tl.float32), axis=1)
+    sum_phi = tl.zeros((ROWS,), tl.float32)
+    denominator = tl.zeros((ROWS,), tl.float32)
+    numerator = tl.zeros((ROWS, D), tl.float32)
+    for first in tl.range(0, D, PART, num_stages=1):
+        part = first + tl.arange(0, PART)
+        q = tl.load(q_ptr + offsets[:, None] + part[None, :], mask=real[:, None], other=0.0)
+        q = q.to(tl.float32)
+        if FEATURE_MAP == "softmax":
+            phi = tl.exp2((q - largest[:, None]) * _LOG2_E)
+        elif FEATURE_MAP == "elu":
+            phi = tl.where(q > 0, q + 1, tl.exp2(q * _LOG2_E))
+        else:
+            phi = tl.maximum(q, 0.0)
+        sum_phi += tl.sum(phi, axis=1)
+        denominator += tl.sum(phi * tl.load(k_sum_ptr + part)[None, :], axis=1)
+        kv = tl.load(kv_ptr + part[:, None] * D + dims[None, :])
+        numerator = tl.dot(phi.to(kv.dtype), kv, numerator)
+    if FEATURE_MAP == "softmax":
+        denominator += _EPS * sum_phi
+    else:
+        denominator += _EPS
+    bias = tl.load(bias_ptr + dims).to(tl.float32)
+    return numerator * (tl.load(kv_scale_ptr) / denominator)[:, None] + bias[None, :]
+
+
+@triton.jit
+def _attention_kernel(
+    q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, v_mean_ptr, out_ptr,
+    indices_ptr, counts_ptr, kept,
+    exact_q_ptr, kv_ptr, kv_scale_ptr, k_sum_ptr, bias_ptr, stride_qb, stride_ql, stride_qh,
+    length_q, length_k, group,
+    D: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    CAUSAL: tl.constexpr, FP8: tl.constexpr, FEATURE_MAP: tl.constexpr,
+):  # fmt: skip
+    """One tile of query rows, which lies within one query block of the block map."""
+    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles, heads = tl.num_programs(0), tl.num_programs(1)
+    head_index = (batch * heads + head).to(tl.int64)
+    blocks_k = tl.cdiv(length_k, BLOCK_K)
+    rows, keys, dims = tile * TILE_Q + tl.arange(0, TILE_Q), tl.arange(0, BLOCK_K), tl.arange(0, D)
+
+    real = rows < length_q
+    out_row = (batch.to(tl.int64) * length_q + rows) * heads + head
+    out_tile = out_ptr + out_row[:, None] * D + dims[None, :]
+    if kv_ptr is not None:
+        # It waits in the output's memory: after the loop it would cost the loop registers.
+        offsets = batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+        branch = _linear_branch(
+            exact_q_ptr, offsets + rows.to(tl.int64) * stride_ql, real,
+            kv_ptr + head_index * D * D, kv_scale_ptr + head_index, k_sum_ptr + head_index * D,
+            bias_ptr, TILE_Q, D, FEATURE_MAP,
+        )  # fmt: skip
+        tl.store(out_tile, branch, mask=real[:, None])
+        tl.debug_barrier()  # other threads may read it back
+
+    q_row = head_index * tiles * TILE_Q + rows
+    q = tl.load(q_ptr + q_row[:, None] * D + dims[None, :])
+    q_scale = tl.load(q_scale_ptr + q_row)
+    kv_head = batch * (heads // group) + head // group
+    k_scale_ptr += kv_head * blocks_k
+    k_ptr += kv_head.to(tl.int64) * blocks_k * BLOCK_K * D
+    v_ptr += kv_head.to(tl.int64) * blocks_k * BLOCK_K * D
+    k_tile = keys[None, :] * D + dims[:, None]
+    v_tile = keys[:, None] * D + dims[None, :]
+    if FP8:
+        v_tile = dims[None, :] * BLOCK_K + keys[:, None]
+
+    steps = blocks_k
+    if CAUSAL:
+        steps = tl.minimum(steps, tl.cdiv((tile + 1) * TILE_Q, BLOCK_K))
+    if indices_ptr is not None:
+        map_row = head_index * tl.cdiv(length_q, BLOCK_Q) + tile * TILE_Q // BLOCK_Q
+        indices_ptr += map_row * kept
+        steps = kept
+        if counts_ptr is not None:
+            steps = tl.load(counts_ptr + map_row)
+
+    largest = tl.full((TILE_Q,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE_Q,), tl.float32)
+    acc = tl.zeros((TILE_Q, D), tl.float32)
+    for step in range(steps):
+        block = step
+        if indices_ptr is not None:
+            block = tl.load(indices_ptr + step)
+        offset = tl.cast(block, tl.int64) * BLOCK_K * D
+        scores = tl.dot(q, tl.load(k_ptr + offset + k_tile), out_dtype=tl.int32).to(tl.float32)
+        first = block * BLOCK_K
+        partly_hidden = first + BLOCK_K > length_k
+        if CAUSAL:
+            partly_hidden |= first + BLOCK_K > tile * TILE_Q + 1
+        if partly_hidden:
+            visible = first + keys[None, :] < length_k
+            if CAUSAL:
+                visible &= first + keys[None, :] <= rows[:, None]
+            scores = tl.where(visible, scores, float("-inf"))
+        scale = q_scale * tl.load(k_scale_ptr + block)
+        new_largest = tl.maximum(largest, tl.max(scores, axis=1) * scale)
+        shift = new_largest
+        if FP8:
+            shift = new_largest - _LOG2_FP8_MAX
+        p = tl.exp2(scores * scale[:, None] - shift[:, None])
+        rescale = tl.exp2(largest - new_largest)
+        largest = new_largest
+        total = total * rescale + tl.sum(p, axis=1)
+        v = tl.load(v_ptr + offset + v_tile)
+        p = p.to(v.dtype)
+        if FP8:
+            p = _pair_keys(p, TILE_Q, BLOCK_K)
+            update = tl.dot(p, v, max_num_imprecise_acc=BLOCK_K)
+        else:
+            update = tl.dot(p, v)
+        acc = acc * rescale[:, None] + update
+
+    # Rows without any key have a total of zero and stay zero.
+    inverse = 1 / tl.where(total > 0, total, 1.0)
+    v_scale = tl.load(v_scale_ptr + kv_head * D + dims)
+    out = acc * inverse[:, None] * v_scale[None, :]
+    if v_mean_ptr is not None:
+        mean = tl.load(v_mean_ptr + kv_head * D + dims)
+        out += tl.where(total[:, None] > 0, mean[None, :], 0.0)
+    if kv_ptr is not None:
+        out += tl.load(out_tile, mask=real[:, None]).to(tl.float32)
+    tl.store(out_tile, out, mask=real[:, None])
+
+
+def quantized_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    linear: Linear | None,
+    *,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    causal: bool,
+    pv: str,
+    smooth_k: bool,
+    smooth_v: bool,
+    feature_map: str,
+) -> torch.Tensor:
+    """As `turbodit.kernels.quantized_attention.quantized_attention`, all arguments given."""
+    batch, length_q, heads, dim = q.shape
+    length_k = k.shape[1]
+    launch = _launch(q.device, dim)
+    tile_q = min(block_q, launch.rows)
+    q_int, q_scale = quantize_queries(q, scale * LOG2_E, tile_q)
+    k_int, k_scale = quantize_keys(k, block_k, smooth_k)
+    values, v_scale, v_mean = quantize_values(v, block_k, pv, smooth_v)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    kv, kv_scale, k_sum, bias = _normalized(linear, q.dtype)
+    _attention_kernel[(q_int.shape[2] // tile_q, heads, batch)](
+        q_int, q_scale, k_int, k_scale, values, v_scale, v_mean, out,
+        _contiguous(indices), _contiguous(counts), 0 if indices is None else indices.shape[-1],
+        q, kv, kv_scale, k_sum, bias, *q.stride()[:3],
+        length_q, length_k, heads // k.shape[2],
+        D=dim, TILE_Q=tile_q, BLOCK_Q=block_q, BLOCK_K=block_k,
+        CAUSAL=causal, FP8=pv == "fp8", FEATURE_MAP=feature_map,
+        num_warps=tile_q // 16, num_stages=launch.stages,
+        maxnreg=launch.registers if tile_q == launch.rows else None,
+    )  # fmt: skip
+    return out
+
+
+def quantize_queries(
+    q: torch.Tensor, factor: float, rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q (B,L,H,D) -> int8 (B,H,L',D), scales * factor (B,H,L'), L' the next multiple of `rows`."""
+    batch, length, heads, dim = q.shape
+    blocks = triton.cdiv(length, rows)
+    out = q.new_empty(batch, heads, blocks * rows, dim, dtype=torch.int8)
+    scale = q.new_empty(batch, heads, blocks * rows, dtype=torch.float32)
+    _quantize_int8_kernel[(blocks, heads, batch)](
+        q, None, out, scale, length, factor, *q.stride()[:3], ROWS=rows, D=dim, SCALE_PER_ROW=True
+    )
+    return out, scale
+
+
+def quantize_keys(k: torch.Tensor, block_k: int, smooth: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """k (B,L,H,D) -> int8 (B,H,Mk,block_k,D) and scales (B,H,Mk)."""
+    batch, length, heads, dim = k.shape
+    blocks = triton.cdiv(length, block_k)
+    out = k.new_empty(batch, heads, blocks, block_k, dim, dtype=torch.int8)
+    scale = k.new_empty(batch, heads, blocks, dtype=torch.float32)
+    mean = _statistics(k, INT8_MAX, smooth)[0] if smooth else None
+    _quantize_int8_kernel[(blocks, heads, batch)](
+        k, mean, out, scale, length, 1.0, *k.stride()[:3], ROWS=block_k, D=dim, SCALE_PER_ROW=False
+    )
+    return out, scale
+
+
+def quantize_values(
+    v: torch.Tensor, block_k: int, pv: str, smooth: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """v (B,L,H,D) -> its copy (see the top of this file), scales and mean (B,H,D) or None."""
+    batch, length, heads, dim = v.shape
+    blocks = triton.cdiv(length, block_k)
+    fp8 = pv == "fp8"
+    shape = (dim, block_k) if fp8 else (block_k, dim)
+    dtype = torch.float8_e4m3fn if fp8 else torch.float16
+    out = v.new_empty(batch, heads, blocks, *shape, dtype=dtype)
+    mean, scale = _statistics(v, V_MAX[pv], smooth)
+    _quantize_values_kernel[(blocks, heads, batch)](
+        v, mean if smooth else None, scale, out, length, *v.stride()[:3],
+        BLOCK_K=block_k, D=dim, FP8=fp8,
+    )  # fmt: skip
+    return out, scale, mean if smooth else None
+
+
+def _statistics(x: torch.Tensor, limit: float, smooth: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of each channel of x (B,L,H,D), and scale that takes it up to `limit`: (B,H,D)."""
+    batch, length, heads, dim = x.shape
+    chunks = triton.cdiv(length, CHUNK)
+    parts = x.new_empty(3, batch, heads, chunks, dim, dtype=torch.float32)
+    _statistics_kernel[(chunks, heads, batch)](
+        x, *parts, length, *x.stride()[:3], CHUNK=CHUNK, TILE=TILE, D=dim
+    )
+    mean, scale = x.new_empty(2, batch, heads, dim, dtype=torch.float32)
+    _combine_kernel[(batch * heads,)](
+        *parts, mean, scale, chunks, length, limit, TILE=TILE, D=dim, SMOOTH=smooth
+    )
+    return mean, scale
+
+
+def _launch(device: torch.device, dim: int) -> Launch:
+    if device.type != "cuda":  # the interpreter
+        return SMALL_LAUNCH
+    major, minor = torch.cuda.get_device_capability(device)
+    return LAUNCH.get((10 * major + minor, dim), SMALL_LAUNCH)
+
+
+def _normalized(linear: Linear | None, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+    """kv in `dtype`, its scales (B,H), k_sum and bias, or four times None.
+
+    kv grows with the length of the sequence and may pass float16's range.
+    """
+    if linear is None:
+        return None, None, None, None
+    kv, k_sum, bias = linear
+    scale = kv.abs().amax((-2, -1), keepdim=True).clamp(min=TINY)
+    return (kv / scale).to(dtype).contiguous(), scale, k_sum.contiguous(), bias.contiguous()
+
+
+def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
