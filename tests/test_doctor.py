@@ -24,7 +24,9 @@ def backend_for_gpus(monkeypatch) -> None:
     def missing(device: torch.device) -> str | None:
         return None if device.type == "cuda" else "needs a CUDA device"
 
-    backend = attention.Backend(run=lambda q, k, v: v, missing=missing, description="fast")
+    backend = attention.Backend(
+        build=lambda: lambda q, k, v: v, missing=missing, description="fast"
+    )
     monkeypatch.setitem(attention.BACKENDS, "quick", backend)
 
 

@@ -11,6 +11,9 @@ products in the dtype of the weights (or of autocast).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,12 +35,27 @@ from turbodit.model.rope import apply_rope, rope_table
 RopeTable = tuple[torch.Tensor, torch.Tensor]
 
 
+class AttentionOp(nn.Module):
+    """The attention call of a layer: what a back-end with parameters is a submodule of.
+
+    It bears TurboDiffusion's names (`attn_op.local_attn.proj_l.weight`), and is where a hook
+    finds q, k, v (B, L, heads, D).
+    """
+
+    def __init__(self, attend: AttentionFunction) -> None:
+        super().__init__()
+        self.local_attn = attend
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self.local_attn(q, k, v)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, config: TransformerConfig, attend: AttentionFunction) -> None:
         super().__init__()
         dim = config.dim
         self.num_heads = config.num_heads
-        self.attend = attend
+        self.attn_op = AttentionOp(attend)
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
@@ -53,7 +71,7 @@ class SelfAttention(nn.Module):
         q = apply_rope(self.split_heads(self.norm_q(self.q(x))), rope)
         k = apply_rope(self.split_heads(self.norm_k(self.k(x))), rope)
         v = self.split_heads(self.v(x))
-        return self.o(self.attend(q, k, v).flatten(2))
+        return self.o(self.attn_op(q, k, v).flatten(2))
 
 
 class CrossAttention(SelfAttention):
@@ -72,10 +90,10 @@ class CrossAttention(SelfAttention):
     ) -> torch.Tensor:
         q = self.split_heads(self.norm_q(self.q(x)))
         k = self.split_heads(self.norm_k(self.k(text)))
-        out = self.attend(q, k, self.split_heads(self.v(text)))
+        out = self.attn_op(q, k, self.split_heads(self.v(text)))
         if self.k_img is not None and image is not None:
             k_img = self.split_heads(self.norm_k_img(self.k_img(image)))
-            out = out + self.attend(q, k_img, self.split_heads(self.v_img(image)))
+            out = out + self.attn_op(q, k_img, self.split_heads(self.v_img(image)))
         return self.o(out.flatten(2))
 
 
@@ -138,12 +156,18 @@ class WanModel(nn.Module):
         config: the variant's shape.
         attention: back-end of self attention (`turbodit.attention.BACKENDS`). Cross
             attention is short and always dense.
+        settings: of the back-end, e.g. {"ratio": 0.15} for "sla".
 
     Raises:
-        ValueError: unknown back-end.
+        ValueError: unknown back-end or setting.
     """
 
-    def __init__(self, config: TransformerConfig, attention: str = "sdpa") -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        attention: str = "sdpa",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         dim = config.dim
@@ -160,17 +184,22 @@ class WanModel(nn.Module):
         self.img_emb: ImageEmbedding | None = None
         if config.image_dim is not None:
             self.img_emb = ImageEmbedding(config.image_dim, dim, config.image_positions)
-        attend = attention_function(attention)
-        attend_cross = attention_function("sdpa")
+        attend_cross = attention_function("sdpa", cross=True)
         self.blocks = nn.ModuleList(
-            Block(config, attend, attend_cross) for _ in range(config.num_layers)
+            Block(
+                config,
+                attention_function(attention, head_dim=config.head_dim, **(settings or {})),
+                attend_cross,
+            )
+            for _ in range(config.num_layers)
         )
         self.head = Head(config)
 
     @staticmethod
     def keep_float32(name: str) -> bool:
         """Whether parameter `name` stays float32 in a half-precision model, as in Wan."""
-        return "norm" in name or "modulation" in name or name.startswith("time_")
+        kept = ("norm", "modulation", "proj_l")
+        return name.startswith("time_") or any(part in name for part in kept)
 
     def forward(
         self,
