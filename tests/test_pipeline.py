@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tests.tiny_models import tiny_diffusers_folder
 
+from turbodit.checkpoints import find_model
 from turbodit.pipeline import Pipeline
 from turbodit.request import GenerationRequest
 
@@ -184,6 +185,26 @@ def test_what_cannot_be_loaded_is_refused(folder, options, message):
 def test_unknown_option(pipe):
     with pytest.raises(TypeError, match="num_frames"):
         pipe("a cat", num_frames=5)
+
+
+def test_attention_settings_are_the_models_unless_given(folder, monkeypatch):
+    def blocks(**given):
+        pipe = Pipeline.from_pretrained(folder, device="cpu", attention="sparge", **given)
+        attend = pipe.transformers["transformer"].blocks[0].self_attn.attn_op.local_attn
+        return attend.keywords
+
+    assert blocks() == {}
+    small = dataclasses.replace(find_model(folder).config(()), attention_blocks=(16, 32))
+    monkeypatch.setattr("turbodit.checkpoints.folder.ModelFolder.config", lambda *_: small)
+    assert blocks() == {"block_q": 16, "block_k": 32}
+    given = {"ratio": 0.5, "block_k": 64}
+    assert blocks(attention_settings=given) == {"block_q": 16, **given}
+
+
+def test_a_setting_that_the_attention_does_not_have_is_refused_before_loading(folder, monkeypatch):
+    monkeypatch.setattr("turbodit.pipeline.load_transformer", lambda *_, **__: pytest.fail())
+    with pytest.raises(ValueError, match="attention 'sdpa' has no setting ratio"):
+        Pipeline.from_pretrained(folder, device="cpu", attention_settings={"ratio": 0.5})
 
 
 def test_a_text_encoder_of_another_width_is_refused(pipe):

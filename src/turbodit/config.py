@@ -112,6 +112,8 @@ class SamplingConfig:
 class ModelConfig:
     """One model as users name it.
 
+    `attention_blocks`: query and key rows of a block for block-sparse attention, where the
+    back-ends' own sizes are too large for the model's few tokens.
     `sizes` maps resolution -> aspect ratio -> (width, height); the first entry of each
     is the default. `hub_id` is the diffusers-layout repository of the weights.
     """
@@ -125,6 +127,7 @@ class ModelConfig:
     fps: int
     sizes: dict[str, dict[str, tuple[int, int]]] = field(hash=False)
     hub_id: str | None = None
+    attention_blocks: tuple[int, int] | None = None
 
     @property
     def experts(self) -> int:
@@ -305,6 +308,7 @@ PRESETS: dict[str, ModelConfig] = {
             frames=33,
             fps=16,
             sizes={"256p": {"1:1": (256, 256)}},
+            attention_blocks=(16, 16),  # 36 blocks, of which a tenth is three
         ),
     )
 }

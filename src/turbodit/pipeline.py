@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from turbodit.attention import available
+from turbodit.attention import BACKENDS, attention_function, available
 from turbodit.checkpoints import find_model, load_transformer
 from turbodit.conditioning import ImageCondition, encode_known_frames
 from turbodit.config import ModelConfig
@@ -107,6 +107,7 @@ class Pipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         attention: str = "sdpa",
+        attention_settings: Mapping[str, Any] | None = None,
         offload: OffloadMode = "none",
         vae_tiling: bool = False,
         prompt_cache: str | Path | None = None,
@@ -120,6 +121,7 @@ class Pipeline:
             device: by default a GPU where there is one.
             dtype: of the weights; by default bfloat16 on a GPU and float32 on a CPU.
             attention: back-end of the DiT's self attention (`attention.BACKENDS`).
+            attention_settings: of the back-end, e.g. {"ratio": 0.15}; else the model's own.
             offload: which models are on the device at a time (`offload.Residence`).
             vae_tiling: code large frames in tiles: less memory, faint seams.
             prompt_cache: folder of text embeddings to use and add to; None for none.
@@ -138,6 +140,7 @@ class Pipeline:
         sources = tuple(Path(source) for source in given)
         config = folder.config(sources)
         shape = config.transformer
+        settings = _attention_settings(attention, config, attention_settings or {})
         home = device if offload == "none" else torch.device("cpu")
         parts: dict[str, Callable[[], Any]] = {
             "text_encoder": lambda: TextEncoder.from_pretrained(
@@ -146,7 +149,12 @@ class Pipeline:
             "vae": lambda: VideoVAE.from_pretrained(folder.vae, dtype, home, tiling=vae_tiling),
             "transformers": lambda: [
                 load_transformer(
-                    source, config=shape, dtype=dtype, device=home, attention=attention
+                    source,
+                    config=shape,
+                    dtype=dtype,
+                    device=home,
+                    attention=attention,
+                    attention_settings=settings,
                 )
                 for source in sources or folder.transformers
             ],
@@ -411,6 +419,18 @@ def _check_runs(device: torch.device, attention: str, offload: str) -> None:
     runs, reason = available(attention, device)
     if not runs:
         raise ValueError(f"attention {attention!r} does not run on {device}: {reason}")
+
+
+def _attention_settings(
+    attention: str, config: ModelConfig, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`given` over the model's own settings; an error now is one before anything is loaded."""
+    settings = dict(given)
+    if config.attention_blocks is not None and "block_q" in BACKENDS[attention].settings:
+        block_q, block_k = config.attention_blocks
+        settings = {"block_q": block_q, "block_k": block_k} | settings
+    attention_function(attention, head_dim=config.transformer.head_dim, **settings)
+    return settings
 
 
 def _silent(stage: str, done: int, total: int) -> None:

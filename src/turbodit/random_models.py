@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -40,6 +43,7 @@ def random_pipeline(
     device: torch.device | str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     attention: str = "sdpa",
+    attention_settings: Mapping[str, Any] | None = None,
     offload: OffloadMode = "none",
 ) -> Pipeline:
     """A pipeline of `model`'s real sizes that makes noise, with no text encoder.
@@ -60,7 +64,9 @@ def random_pipeline(
     device = torch.device(device)
     home = device if offload == "none" else torch.device("cpu")
     with torch.device("meta"):
-        transformers = [WanModel(model.transformer, attention) for _ in range(model.experts)]
+        transformers = [
+            WanModel(model.transformer, attention, attention_settings) for _ in range(model.experts)
+        ]
         vae = AutoencoderKLWan()
     for transformer in transformers:
         _fill(transformer, dtype, home)

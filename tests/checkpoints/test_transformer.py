@@ -198,7 +198,6 @@ def test_failed_saving_keeps_the_old_weights(
     [
         ("blocks.0.ffn.0.int8_weight", "int8-quantised"),
         ("blocks.0.ffn.0.scale_weight", "scaled fp8"),
-        ("blocks.0.self_attn.attn_op.local_attn.proj_l.weight", "sparse-linear attention"),
         ("blocks.0.self_attn.q.lora_A.weight", "a LoRA"),
     ],
 )
@@ -252,3 +251,65 @@ def test_folders_with_other_configs(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load_transformer(tmp_path)
+
+
+# Sparse-linear attention: its files name the linear branch as TurboDiffusion does.
+
+PROJ_L = "self_attn.attn_op.local_attn.proj_l"
+
+
+@pytest.fixture
+def sla_state(state: State) -> State:
+    dim = CONFIG.head_dim
+    return state | {
+        f"blocks.{i}.{PROJ_L}.{name}": torch.randn(shape)
+        for i in range(CONFIG.num_layers)
+        for name, shape in (("weight", (dim, dim)), ("bias", (dim,)))
+    }
+
+
+@pytest.mark.parametrize("attention", ["sla", "sagesla"])
+def test_a_trained_linear_branch_is_read_and_written(
+    sla_state: State, attention: str, tmp_path: Path
+) -> None:
+    save_file(sla_state, tmp_path / "sla.safetensors")
+    model = load_transformer(tmp_path / "sla.safetensors", CONFIG, attention=attention)
+    name = f"blocks.1.{PROJ_L}.weight"
+    loaded = model.state_dict()[name]
+    assert loaded.dtype == torch.float32 and torch.equal(loaded, sla_state[name])
+    save_transformer(model, tmp_path / "saved")
+    again = load_transformer(tmp_path / "saved", attention=attention)
+    assert torch.equal(again.state_dict()[name], loaded)
+
+
+def test_a_model_without_a_linear_branch_gets_one_that_adds_nothing(
+    state: State, tmp_path: Path
+) -> None:
+    save_file(state, tmp_path / "dense.safetensors")
+    with pytest.warns(UserWarning, match="was not trained with sparse-linear attention: 'sla'"):
+        model = load_transformer(tmp_path / "dense.safetensors", CONFIG, attention="sla")
+    branches = [p for name, p in model.named_parameters() if "proj_l" in name]
+    assert len(branches) == 2 * CONFIG.num_layers
+    assert all(not p.any() and p.dtype == torch.float32 for p in branches)
+
+
+def test_a_trained_linear_branch_is_not_dropped(sla_state: State, tmp_path: Path) -> None:
+    save_file(sla_state, tmp_path / "sla.safetensors")
+    with pytest.raises(ValueError, match="supported: attention 'sla' or 'sagesla', got 'sdpa'"):
+        load_transformer(tmp_path / "sla.safetensors", CONFIG)
+    del sla_state[f"blocks.0.{PROJ_L}.bias"]
+    save_file(sla_state, tmp_path / "torn.safetensors")
+    with pytest.raises(ValueError, match=r"proj_l\.bias"):
+        load_transformer(tmp_path / "torn.safetensors", CONFIG, attention="sla")
+
+
+def test_settings_reach_the_attention(sla_state: State, tmp_path: Path) -> None:
+    save_file(sla_state, tmp_path / "sla.safetensors")
+    model = load_transformer(
+        tmp_path / "sla.safetensors",
+        CONFIG,
+        attention="sla",
+        attention_settings={"ratio": 0.3, "block_k": 16},
+    )
+    op = model.blocks[1].self_attn.attn_op.local_attn
+    assert (op.ratio, op.block_k) == (0.3, 16)

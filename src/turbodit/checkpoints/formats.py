@@ -1,8 +1,7 @@
 """Foreign state dicts of the Wan DiT, brought to original names and shapes.
 
 What differs between their writers: prefixes, traces of wrappers, diffusers' names, and a
-patch embedding stored as a linear layer. Quantised files and files with sparse-attention
-parameters are recognised and refused.
+patch embedding stored as a linear layer. Quantised files are recognised and refused.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ UNSUPPORTED = {  # part of a name -> what a file with such names is
     ".int8_weight": "an int8-quantised file",
     ".scale_weight": "a scaled fp8 file",
     "scaled_fp8": "a scaled fp8 file",
-    ".proj_l.": "a file with sparse-linear attention (SLA) parameters",
     ".lora_": "a LoRA, not a whole model",
 }
 

@@ -30,6 +30,8 @@ IN_BLOCK = {
     "self_attn.o": "attn1.to_out.0",
     "self_attn.norm_q": "attn1.norm_q",
     "self_attn.norm_k": "attn1.norm_k",
+    # diffusers has no name for it: ours follows the pattern of its names.
+    "self_attn.attn_op.local_attn.proj_l": "attn1.attn_op.local_attn.proj_l",
     "norm3": "norm2",
     "cross_attn.q": "attn2.to_q",
     "cross_attn.k": "attn2.to_k",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +22,7 @@ from turbodit.weights import Weights, assign_weights, read_json, read_weights
 
 CLASSES = ("WanModel", "WanTransformer3DModel")  # in original and diffusers config.json
 WEIGHTS_NAME = "diffusion_pytorch_model"
+LINEAR_BRANCH = ".proj_l."  # in the names of sparse-linear attention's own parameters
 TEXT_LEN = 512  # where a config does not say; diffusers' cannot
 
 
@@ -30,6 +33,7 @@ def load_transformer(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     attention: str = "sdpa",
+    attention_settings: Mapping[str, Any] | None = None,
 ) -> WanModel:
     """The DiT stored at `source`, in evaluation mode.
 
@@ -41,20 +45,45 @@ def load_transformer(
             that of the preset which has the file's shapes.
         dtype: of its weights, but for the few that Wan keeps in float32.
         attention: back-end of self attention.
+        attention_settings: of the back-end, e.g. {"ratio": 0.15} for "sla".
+
+    A source without the linear branch (proj_l) of a back-end that has one gets an untrained
+    one, which adds nothing, and a warning.
 
     Raises:
         FileNotFoundError: no such folder or file, no weights in it, or a shard is missing.
         ValueError: truncated or unsupported file, another architecture, names or shapes
-            that do not fit, or a shape that has to be given as `config`.
+            that do not fit, a trained linear branch that `attention` has no place for, or a
+            shape that has to be given as `config`.
     """
     source = Path(source)
     weights = native_weights(read_weights(source), source)
     with torch.device("meta"):
-        model = WanModel(config or _config_of(source, weights), attention)
+        model = WanModel(config or _config_of(source, weights), attention, attention_settings)
+    weights = _with_linear_branch(weights, model, source, attention)
     assign_weights(
         model, weights, source, dtype=dtype, device=device, keep_float32=model.keep_float32
     )
     return model.eval()
+
+
+def _with_linear_branch(weights: Weights, model: WanModel, source: Path, attention: str) -> Weights:
+    """`weights`, and zeros for the proj_l of `model`'s attention if they have none."""
+    wanted = {name: p for name, p in model.state_dict().items() if LINEAR_BRANCH in name}
+    found = any(LINEAR_BRANCH in name for name in weights)
+    if found and not wanted:
+        raise ValueError(
+            f"{source} was trained with sparse-linear attention; supported: attention 'sla' or "
+            f"'sagesla', got {attention!r}"
+        )
+    if found or not wanted:
+        return weights
+    warnings.warn(
+        f"{source} was not trained with sparse-linear attention: {attention!r} has no linear "
+        "branch to add, and leaves out most of the keys",
+        stacklevel=3,
+    )
+    return {**weights, **{name: torch.zeros(p.shape) for name, p in wanted.items()}}
 
 
 def save_transformer(

@@ -175,11 +175,6 @@ class Generate:
             raise ValueError(
                 "give one prompt, as an argument or with --prompt, or several with --prompt-file"
             )
-        if self.sla_topk is not None:
-            raise ValueError(
-                "--sla-topk belongs to the attention back-ends sla and sagesla, which this "
-                "version does not have; `turbodit doctor` lists those it has"
-            )
         if self.prompt_file is None:
             prompt = self.prompt if self.text is None else self.text
             return [single_order({"prompt": prompt} | self._options(), self.output)]
@@ -224,6 +219,8 @@ class Generate:
             weights["transformer"] = [str(path) for path in self.transformer]
         if self.dtype is not None:
             weights["dtype"] = self.dtype
+        if self.sla_topk is not None:
+            weights["sla_topk"] = self.sla_topk
         if self.vae_tiling:
             weights["vae_tiling"] = True
         return weights
@@ -239,6 +236,7 @@ class Generate:
             device=self.device,
             dtype=None if self.dtype is None else getattr(torch, self.dtype),
             attention=self.attention,
+            attention_settings=None if self.sla_topk is None else {"ratio": self.sla_topk},
             offload="model" if self.offload_model and self.offload == "none" else self.offload,
             vae_tiling=self.vae_tiling,
             prompt_cache=self.prompt_cache,
