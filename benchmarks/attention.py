@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -379,7 +380,7 @@ def drawing(curves: dict[str, dict[int, float]], title: str) -> str:
     parts = [f'<text x="60" y="20">{title}: TFLOP/s of dense attention over L</text>']
     parts += [f'<text x="{x(n) - 15}" y="345">{n}</text>' for n in lengths]
     parts += [f'<text x="5" y="{y(value)}">{value:.3g}</text>' for value in (lowest, highest)]
-    for (name, curve), colour in zip(curves.items(), colours, strict=False):
+    for (name, curve), colour in zip(curves.items(), cycle(colours), strict=False):
         points = " ".join(f"{x(length)},{y(value)}" for length, value in curve.items())
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}"/>')
         end = y(curve[lengths[-1]])

@@ -20,9 +20,10 @@ from turbodit.checkpoints import load_transformer
 from turbodit.checkpoints.folder import EMBEDDED
 from turbodit.cli import main
 from turbodit.config import PRESETS
+from turbodit.pipeline import Pipeline
 from turbodit.spritewan.judge import load_judge, score
 from turbodit.spritewan.train_vae import to_signed
-from turbodit.spritewan.world import HELD_OUT, render, scene
+from turbodit.spritewan.world import BACKGROUNDS, HELD_OUT, MOTIONS, OBJECTS, render, scene
 from turbodit.text_encoder import TextEncoder
 from turbodit.vae import VideoVAE
 
@@ -46,6 +47,18 @@ def test_files_are_small_enough_for_any_transport() -> None:
     sizes = [path.stat().st_size for path in FOLDER.parent.rglob("*") if path.is_file()]
     assert max(sizes) <= 16 * 2**20
     assert sum(sizes) <= 48e6
+
+
+# What it makes.
+
+
+def test_the_demo_shows_what_its_prompt_says() -> None:
+    pipe = Pipeline.from_pretrained("spritewan", device="cpu")
+    video = pipe("a big red fox runs to the right through the snow", seed=0)
+    verdict = load_judge().predict(torch.from_numpy(video.frames).permute(0, 3, 1, 2)[None])
+    assert OBJECTS[verdict.object_logits.argmax()] == "fox"
+    assert MOTIONS[verdict.motion_logits.argmax()] == "moving right"
+    assert BACKGROUNDS[verdict.background_logits.argmax()] == "snow"
 
 
 # The command line.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-HEAD_DIMS = (64, 128)  # those of the attention kernels
+from turbodit.kernels import HEAD_DIMS
 
 
 def pad_head_dim(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from turbodit.attention.head_dim import HEAD_DIMS, pad_head_dim
+from turbodit.attention.head_dim import pad_head_dim
+from turbodit.kernels import HEAD_DIMS
 from turbodit.kernels.block_map import map_from_indices, pool, select_topk
 from turbodit.kernels.linear_attention import FEATURE_MAPS, key_value_sums, linear_output
 from turbodit.kernels.quantized_attention import fastest_pv, quantized_attention

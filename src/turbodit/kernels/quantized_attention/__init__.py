@@ -13,12 +13,12 @@ import math
 
 import torch
 
+from turbodit.kernels import HEAD_DIMS
 from turbodit.kernels.linear_attention import FEATURE_MAPS
 from turbodit.kernels.quantized_attention import reference
 
 BLOCKS_Q = (16, 32, 64, 128)
 BLOCKS_K = (16, 32, 64, 128)
-HEAD_DIMS = (64, 128)
 PV_FORMATS = ("fp16", "fp8")
 # fp8 tensor cores sum over 32 keys at a time.
 MIN_BLOCK_K = {"fp16": 16, "fp8": 32}

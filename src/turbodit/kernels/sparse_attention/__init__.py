@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from turbodit.kernels import HEAD_DIMS
 from turbodit.kernels.block_map import check_indices
 from turbodit.kernels.linear_attention import FEATURE_MAPS
 from turbodit.kernels.sparse_attention import reference
@@ -25,7 +26,6 @@ __all__ = ["LinearBranch", "sparse_attention", "sparse_attention_forward"]
 # (kv (B,H,D,D) float32, k_sum (B,H,D) float32, bias (D,) float32)
 LinearBranch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-HEAD_DIMS = (64, 128)
 BLOCKS_Q = (16, 32, 64, 128)
 BLOCKS_K = (16, 32, 64)
 
