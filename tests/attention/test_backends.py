@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -21,7 +24,15 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 LIBRARIES = [
     ("flash_attn", "flash_attn_func", "flash2"),
     ("flash_attn_interface", "flash_attn_func", "flash3"),
+    ("flash_attn.cute", "flash_attn_func", "flash4"),
     ("xformers.ops", "memory_efficient_attention", "xformers"),
+]
+# What tells that they are installed: (modules, back-end).
+MARKS = [
+    (("flash_attn/__init__.py", "flash_attn/flash_attn_interface.py"), "flash2"),
+    (("flash_attn_interface.py",), "flash3"),
+    (("flash_attn/cute/__init__.py", "cutlass/__init__.py"), "flash4"),
+    (("xformers/__init__.py",), "xformers"),
 ]
 SHAPE = TransformerConfig(
     dim=128, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8, text_len=5
@@ -63,8 +74,9 @@ def install(monkeypatch: pytest.MonkeyPatch, module: str, **content: Any) -> Non
 
 
 def test_the_names_are_those_of_the_documentation() -> None:
-    dense = "sdpa sdpa-cudnn sdpa-flash sdpa-efficient sdpa-math flash2 flash3 xformers sage"
-    assert list(BACKENDS) == f"{dense} sparge sla sagesla linear".split()
+    sdpa = "sdpa sdpa-cudnn sdpa-flash sdpa-efficient sdpa-math"
+    others = "flash2 flash3 flash4 xformers sage sparge sla sagesla linear"
+    assert list(BACKENDS) == f"{sdpa} {others}".split()
 
 
 @pytest.mark.parametrize("name", ["sdpa", "sdpa-math", "sdpa-flash"])
@@ -89,7 +101,7 @@ def test_libraries_are_called_as_they_are_installed(
 ) -> None:
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         out = exact(q, k, v).to(q.dtype)
-        return (out, None) if as_tuple and name == "flash3" else out
+        return (out, None) if as_tuple and name in ("flash3", "flash4") else out
 
     install(monkeypatch, module, **{function: call})
     q, k, v = inputs(torch.bfloat16)
@@ -97,26 +109,42 @@ def test_libraries_are_called_as_they_are_installed(
     assert torch.equal(out, exact(q, k, v).bfloat16())
 
 
-@pytest.mark.parametrize("name", ["flash2", "flash3"])
+@pytest.mark.parametrize("name", ["flash2", "flash3", "flash4"])
 def test_flash_attention_refuses_float32_before_it_is_imported(name: str) -> None:
     with pytest.raises(ValueError, match=r"float16 and bfloat16, got torch\.float32; sdpa"):
         attention_function(name)(*inputs())
 
 
-@pytest.mark.parametrize(("module", "function", "name"), LIBRARIES)
+@pytest.mark.parametrize(("files", "name"), MARKS)
 def test_what_a_library_misses(
-    monkeypatch: pytest.MonkeyPatch, h100: None, module: str, function: str, name: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, h100: None, files: tuple[str], name: str
 ) -> None:
     assert available(name, CPU) == (False, "needs a CUDA device")
-    package = module.split(".")[0]
-    runs, reason = available(name, CUDA)
-    assert not runs and reason.startswith(f"needs the package {package}: pip install")
-    install(monkeypatch, module)
+    monkeypatch.syspath_prepend(tmp_path)
+    for file in files:
+        runs, reason = available(name, CUDA)
+        assert not runs and re.match("needs the package [a-z_.]+: pip install ", reason)
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("raise ImportError('only to be used, not to be looked for')")
+        importlib.invalidate_caches()
     assert available(name, CUDA) == (True, BACKENDS[name].description)
     pretend(monkeypatch, 7, 5)
-    wanted = "9.0" if name == "flash3" else "8.0"
+    wanted = "9.0" if name in ("flash3", "flash4") else "8.0"
     reason = f"needs compute capability {wanted}, A device has 7.5"
     assert available(name, CUDA) == (False, reason)
+
+
+def test_two_libraries_in_one_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, h100: None
+) -> None:
+    """FlashAttention-4 alone makes a folder `flash_attn`, which is not FlashAttention-2."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    (tmp_path / "cutlass.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert available("flash4", CUDA)[0]
+    reason = "needs the package flash_attn.flash_attn_interface: pip install flash-attn"
+    assert available("flash2", CUDA) == (False, reason)
 
 
 OURS = ["sage", "sparge", "sla", "sagesla", "linear"]

@@ -110,6 +110,15 @@ def kept_blocks(monkeypatch: pytest.MonkeyPatch, q, k, v, **settings) -> torch.T
 
 
 @pytest.mark.parametrize("attend", [sparge_attn_topk, sparge_attn_cdf])
+def test_autocast_changes_nothing(attend) -> None:
+    q, k, v = tensors()
+    k = k + 20  # scores whose differences bfloat16 would round away
+    want = attend(q, k, v, 0.5, **BLOCKS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attend(q, k, v, 0.5, **BLOCKS), want)
+
+
+@pytest.mark.parametrize("attend", [sparge_attn_topk, sparge_attn_cdf])
 def test_gradients_are_refused(attend) -> None:
     q, k, v = (x.requires_grad_() for x in tensors(32))
     with pytest.raises(ValueError, match="gradient"):

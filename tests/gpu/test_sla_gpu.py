@@ -82,9 +82,55 @@ def test_linear_attention(length: int, dim: int, dtype: torch.dtype, feature_map
             assert relative_error(x, z) <= 2 * relative_error(y, z) + torch.finfo(dtype).eps, name
 
 
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(
+    ("dtype", "dim", "block_k", "feature_map"),
+    [
+        (torch.bfloat16, 128, 64, "softmax"),
+        (torch.float16, 128, 128, "relu"),
+        (torch.bfloat16, 64, 32, "elu"),
+        (torch.float16, 64, 16, "softmax"),
+        (torch.bfloat16, 40, 64, "softmax"),
+    ],
+)
+def test_statistics(
+    length: int, dim: int, block_k: int, dtype: torch.dtype, feature_map: str
+) -> None:
+    k, v = tensors(length, dim, dtype, count=2)
+    k += 3
+    k[..., 5] = -k[..., 5].abs()  # with relu a feature that no key has
+    weight = torch.randn(dim, dim, device=CUDA) / dim**0.5
+    got = op.key_value_statistics(k, v, weight, block_k, feature_map)
+    exact = (x.double().cpu() for x in (k, v, weight))
+    want = op.key_value_statistics(*exact, block_k, feature_map)
+    for name, x, y in zip(want._fields, got, want, strict=True):
+        bound = {"means": torch.finfo(dtype).eps, "k_sum": 1e-5}.get(name, 1e-6)
+        assert x.isfinite().all() and relative_error(x, y) <= bound, name
+    assert torch.equal(got.v_largest.cpu(), want.v_largest.float())
+
+
+@pytest.mark.parametrize("dim", [64, 128, 40])
+def test_output_with_a_bias(dim: int) -> None:
+    q, k, v, grad = tensors(1111, dim, torch.bfloat16, count=4)
+    sums = [x.detach() for x in op.key_value_sums(k, v, "softmax")]
+    inputs = [q, *sums, torch.randn(dim, device=CUDA)]
+
+    def attend(q: torch.Tensor, kv: torch.Tensor, k_sum: torch.Tensor, bias: torch.Tensor):
+        return op.linear_output(q, kv, k_sum, "softmax", bias)
+
+    got = outcome(attend, inputs, grad)
+    want = outcome(attend, [x.double().cpu() for x in inputs], grad.double().cpu())
+    for name, x, y in zip(("out", "q", "kv", "k_sum", "bias"), got, want, strict=True):
+        bound = 1e-5 if name == "bias" else 2 * torch.finfo(torch.bfloat16).eps
+        assert relative_error(x, y) <= bound, name
+
+
 def test_equal_inputs_give_equal_bits() -> None:
     *inputs, grad = tensors(5000, 128, torch.bfloat16, count=4)
     first, second = (outcome(op.linear_attention, inputs, grad) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    weight = torch.eye(128, device=CUDA)
+    first, second = (op.key_value_statistics(*inputs[1:], weight, 64, "elu") for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 

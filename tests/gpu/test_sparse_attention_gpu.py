@@ -10,7 +10,7 @@ import torch
 
 from turbodit.kernels import block_map as maps
 from turbodit.kernels.block_map import reference as map_reference
-from turbodit.kernels.linear_attention import FEATURE_MAPS, key_value_sums
+from turbodit.kernels.linear_attention import FEATURE_MAPS, key_value_statistics
 from turbodit.kernels.sparse_attention import (
     reference,
     sparse_attention,
@@ -107,22 +107,19 @@ def test_sparse_attention_with_blocks_of_any_size(block_q: int, block_k: int, di
 @pytest.mark.parametrize("dim", [64, 128])
 def test_linear_branch(dim: int, feature_map: str, dtype: torch.dtype) -> None:
     problem = Problem(1111, 1111, dim, dtype)
-    kv, k_sum = key_value_sums(*problem.qkv[1:], feature_map)
-    bias = torch.randn(dim, device=CUDA)
-    linear = kv @ torch.randn(dim, dim, device=CUDA) / dim**0.5, k_sum, bias
+    weight = torch.randn(dim, dim, device=CUDA) / dim**0.5
+    statistics = key_value_statistics(*problem.qkv[1:], weight, 64, feature_map)
+    linear = statistics.means, statistics.k_sum, torch.randn(dim, device=CUDA)
     arguments = problem.indices, problem.counts
     out, lse = sparse_attention_forward(
         *problem.qkv, *arguments, **problem.blocks, linear=linear, feature_map=feature_map
     )
     blocks = *(x.cpu() for x in arguments), *problem.blocks.values()
 
-    def on_cpu(*dtypes: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        groups = zip((problem.qkv, linear), dtypes, strict=True)
-        qkv, sums = ([x.cpu().to(dtype) for x in group] for group, dtype in groups)
-        return reference.forward(*qkv, *blocks, *sums, feature_map)
-
-    want, want_lse = on_cpu(dtype, torch.float32)
-    exact, _ = on_cpu(torch.float64, torch.float64)
+    inputs = [x.cpu() for x in (*problem.qkv, *linear)]
+    want, want_lse = reference.forward(*inputs[:3], *blocks, *inputs[3:], feature_map)
+    inputs = [x.double() for x in inputs]
+    exact, _ = reference.forward(*inputs[:3], *blocks, *inputs[3:], feature_map)
     torch.testing.assert_close(lse.cpu(), want_lse, rtol=1e-4, atol=1e-4)
     assert (out.cpu() - exact).norm() <= 2 * (want - exact).norm()
 

@@ -239,7 +239,7 @@ def test_conversion_kernels(query_blocks: int, key_blocks: int) -> None:
 
 
 STRIDES = {f"stride_{axis}": "i32:16" for axis in "blh"}
-TILE = {"ROWS": 4, "COLUMNS": 512}
+TILE = {"COLUMNS": 2048}
 KERNELS = {
     "_pool_kernel": (
         {"x_ptr": "*bf16", "pooled_ptr": "*fp32", "H": "i32", "length": "i32", **STRIDES},
@@ -260,7 +260,7 @@ KERNELS = {
         {
             "scores_ptr": "*fp32",
             "indices_ptr": "*i32",
-            **dict.fromkeys(("rows", "key_blocks", "kept_blocks"), "i32"),
+            **dict.fromkeys(("key_blocks", "kept_blocks"), "i32"),
         },
         TILE,
     ),
@@ -272,7 +272,7 @@ KERNELS = {
             "indices_ptr": "*i32",
             "counts_ptr": "*i32",
             "threshold": "fp32",
-            **dict.fromkeys(("rows", "query_blocks", "key_blocks"), "i32"),
+            **dict.fromkeys(("query_blocks", "key_blocks"), "i32"),
         },
         TILE,
     ),
@@ -281,7 +281,6 @@ KERNELS = {
             "map_ptr": "*u8",
             "indices_ptr": "*i32",
             "counts_ptr": "*i32",
-            "rows": "i32",
             "key_blocks": "i32",
         },
         TILE,

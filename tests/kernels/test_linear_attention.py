@@ -72,6 +72,36 @@ def test_gradients(feature_map: str) -> None:
     assert torch.autograd.gradcheck(lambda *x: op.linear_attention(*x, feature_map), inputs)
 
 
+def test_a_bias_is_added_and_has_a_gradient() -> None:
+    q, k, v = tensors(5, 4, heads=2)
+    kv, k_sum = op.key_value_sums(k, v, "elu")
+    bias = torch.randn(4, dtype=torch.float64)
+    plain = op.linear_output(q, kv, k_sum, "elu")
+    torch.testing.assert_close(op.linear_output(q, kv, k_sum, "elu", bias), plain + bias)
+    inputs = [x.requires_grad_() for x in (q, kv, k_sum, bias)]
+    assert torch.autograd.gradcheck(
+        lambda q, kv, k_sum, bias: op.linear_output(q, kv, k_sum, "elu", bias), inputs
+    )
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_statistics_are_what_their_names_say(feature_map: str) -> None:
+    q, k, v = tensors(21, 6, heads=2, batch=2)
+    k[..., 4] = -k[..., 4].abs()  # with relu a feature that no key has
+    weight, bias = torch.randn(6, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    got = op.key_value_statistics(k, v, weight, 8, feature_map)
+    for i, rows in enumerate(k.split(8, dim=1)):
+        torch.testing.assert_close(got.pooled_k[:, :, i], rows.mean(dim=1))
+    assert got.pooled_k.shape[2] == 3
+    torch.testing.assert_close(got.k_mean, k.mean(dim=1))
+    assert torch.equal(got.v_largest, v.abs().amax(dim=1))
+    if feature_map == "relu":
+        assert (got.means[:, :, 4] == 0).all() and (got.k_sum[:, :, 4] == 0).all()
+    want = every_pair(q, k, v, feature_map) @ weight.T + bias
+    branch = reference.linear_branch(q, got.means, got.k_sum, bias, feature_map)
+    torch.testing.assert_close(branch, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_costs_only_its_rounding(dtype: torch.dtype) -> None:
     q, k, v = (x.to(dtype) for x in tensors(40, 16))
@@ -94,10 +124,13 @@ def test_operators_fulfil_pytorchs_contract(grad: bool) -> None:
     for name, arguments in {
         "key_value_sums": (k, v),
         "linear_output": (q, kv, k_sum),
+        "key_value_statistics": (k.detach(), v.detach(), torch.eye(4), 4),
         "key_value_sums_backward": (kv.detach(), k_sum.detach(), k.detach(), v.detach()),
         "linear_output_backward": (q.detach(), q.detach(), kv.detach(), k_sum.detach()),
     }.items():
         torch.library.opcheck(getattr(ops, name).default, (*arguments, "elu"))
+    bias = torch.ones(4, requires_grad=grad)
+    torch.library.opcheck(ops.linear_output.default, (q, kv, k_sum, "elu", bias))
 
 
 def test_autocast_changes_nothing() -> None:
@@ -129,6 +162,13 @@ def test_errors_say_what_is_wrong() -> None:
         op.linear_attention(q, k[:, :0], v[:, :0], "relu")
     with pytest.raises(ValueError, match="k_sum"):
         op.linear_attention(q[..., :3], k, v, "relu")
+    with pytest.raises(ValueError, match=r"weight.*\(3, 4\)"):
+        op.key_value_statistics(k, v, torch.eye(4)[:3], 2, "relu")
+    with pytest.raises(ValueError, match="blocks of 0 keys"):
+        op.key_value_statistics(k, v, torch.eye(4), 0, "relu")
+    kv, k_sum = op.key_value_sums(k, v, "relu")
+    with pytest.raises(ValueError, match=r"bias must be \(4,\), got \(1,\)"):
+        op.linear_output(q, kv, k_sum, "relu", torch.ones(1))
 
 
 # The kernels.
@@ -145,6 +185,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch):
         return plain(self, *shape, **kwargs).fill_(float("nan"))
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda x: poisoned(x, x.shape))
     return triton
 
 
@@ -170,7 +211,10 @@ def by_kernels(
     q, k, v = inputs
     kv, k_sum = kernels.key_value_sums(k, v, feature_map)
     out = kernels.linear_output(q, kv, k_sum, feature_map)
-    grad_q, grad_kv, grad_k_sum = kernels.linear_output_backward(grad, q, kv, k_sum, feature_map)
+    grad_q, grad_kv, grad_k_sum, grad_bias = kernels.linear_output_backward(
+        grad, q, kv, k_sum, feature_map
+    )
+    torch.testing.assert_close(grad_bias, grad.float().sum(dim=(0, 1, 2)), rtol=1e-4, atol=1e-4)
     grads = kernels.key_value_sums_backward(grad_kv, grad_k_sum, k, v, feature_map)
     return [out, grad_q, *grads]
 
@@ -208,14 +252,77 @@ def test_kernels(
 @pytest.mark.parametrize("parts", [1, 3])
 def test_parts_of_the_sequence_add_up(kernels, monkeypatch, parts: int) -> None:
     """Also where the heads are parts of wider rows, and batches lie apart."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 4 * parts)
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda x: 4 * parts)
     wide = on_this_device(*tensors(150, 100, heads=2, batch=3, count=4), dtype=torch.float16)
     *inputs, grad = (x[::2, :, :, 10:42] for x in wide)
     assert not inputs[0].is_contiguous()
-    assert kernels._grid(inputs[0])[0] == (4, parts)
+    assert kernels._grid(inputs[0], 64)[0] == (4, parts)
     got = by_kernels(kernels, "softmax", inputs, grad)
     for x, y in zip(got, exactly("softmax", inputs, grad), strict=True):
         assert relative_error(x, y) <= 2e-3
+
+
+STATISTICS = [
+    (1, 64, 1, 64),
+    (63, 128, 1, 64),
+    (65, 64, 3, 16),
+    (129, 24, 2, 32),
+    (129, 64, 1, 128),
+]
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize(("length", "dim", "heads", "block_k"), STATISTICS)
+def test_statistics(
+    kernels, length: int, dim: int, heads: int, block_k: int, feature_map: str
+) -> None:
+    k, v = on_this_device(*tensors(length, dim, heads=heads, count=2), dtype=torch.float16)
+    k += 2
+    k[..., 5] = -k[..., 5].abs()  # with relu a feature that no key has
+    weight = torch.randn(dim, dim, device=k.device)
+    got = op.KeyValueStatistics(*kernels.key_value_statistics(k, v, weight, block_k, feature_map))
+    want = op.KeyValueStatistics(
+        *reference.key_value_statistics(
+            k.double(), v.double(), weight.double(), block_k, feature_map
+        )
+    )
+    for name, x, y in zip(want._fields, got, want, strict=True):
+        assert x.shape == y.shape and x.isfinite().all(), name
+        half = name == "means"
+        assert x.dtype == (torch.float16 if half else torch.float32), name
+        assert relative_error(x, y) <= (2e-3 if half else 1e-6), name
+    assert torch.equal(got.v_largest, want.v_largest.float())
+
+
+def test_statistics_of_parts_and_of_strided_rows(kernels, monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda x: 12)
+    wide = on_this_device(*tensors(150, 100, heads=2, batch=3, count=2), dtype=torch.float16)
+    k, v = (x[::2, :, :, 10:42] for x in wide)
+    weight = torch.eye(32, device=k.device)
+    assert kernels._grid(k, 64)[0] == (4, 3)
+    got = kernels.key_value_statistics(k, v, weight, 64, "softmax")
+    want = reference.key_value_statistics(k.double(), v.double(), weight.double(), 64, "softmax")
+    for x, y in zip(got, want, strict=True):
+        assert relative_error(x, y) <= 1e-3
+
+
+def test_means_past_the_range_of_sums(kernels) -> None:
+    """Sums over a long sequence exceed float16's range, means of values do not."""
+    k, v = on_this_device(*tensors(128, 16, count=2), dtype=torch.float16)
+    v = 2000 + 2000 * v
+    weight = torch.eye(16, device=k.device)
+    means = kernels.key_value_statistics(k, v, weight, 64, "elu")[3]
+    want = reference.key_value_statistics(k.double(), v.double(), weight.double(), 64, "elu")[3]
+    assert relative_error(means, want) <= 1e-3
+
+
+def test_output_with_a_bias(kernels) -> None:
+    q, k, v = on_this_device(*tensors(70, 24, heads=2), dtype=torch.float16)
+    kv, k_sum = kernels.key_value_sums(k, v, "softmax")
+    bias = torch.randn(24, device=q.device)
+    got = kernels.linear_output(q, kv, k_sum, "softmax", bias)
+    want = reference.linear_output(q.double(), kv.double(), k_sum.double(), "softmax", bias)
+    assert relative_error(got, want) <= 1e-3
 
 
 def test_sums_past_the_range_of_float16(kernels) -> None:
@@ -239,37 +346,59 @@ def test_a_gradient_without_strides(kernels) -> None:
 
 # For every architecture, without one.
 
-KERNELS = {  # pointers in 16 bits, pointers in float32, strided tensors
-    "_key_value_sums_kernel": ("k v", "kv k_sum", "kv"),
-    "_key_value_sums_backward_kernel": ("k v grad_k grad_v", "grad_kv grad_k_sum", "kv"),
-    "_linear_output_kernel": ("q out", "kv k_sum", "q"),
-    "_linear_output_backward_kernel": (
-        "grad q grad_q",
-        "kv k_sum grad_kv grad_k_sum",
-        "gq",
-    ),
+FLOATS = {
+    "kv_ptr", "k_sum_ptr", "bias_ptr", "weight_ptr", "pooled_ptr", "k_mean_ptr", "v_largest_ptr",
+    "grad_kv_ptr", "grad_k_sum_ptr", "grad_bias_ptr",
+    "kv_parts_ptr", "k_sum_parts_ptr", "v_largest_parts_ptr",
+}  # fmt: skip
+ROWS = {"FEATURE_MAP": "softmax", "D": 128, "BLOCK_D": 128, "BLOCK_L": 64}
+PARTS = {"D": 128, "BLOCK_D": 128, "BLOCK_K": 64, "FEATURES": 16, "PARTS": 8}
+NO_STATISTICS = dict.fromkeys(
+    ("v_largest_parts_ptr", "pooled_ptr", "weight_ptr", "v_largest_ptr", "k_mean_ptr")
+)
+KERNELS = {
+    "sums": ("_key_value_sums_kernel", ROWS | dict.fromkeys(("pooled_ptr", "v_largest_ptr"))),
+    "statistics": ("_key_value_sums_kernel", ROWS),
+    "sums_backward": ("_key_value_sums_backward_kernel", ROWS),
+    "output": ("_linear_output_kernel", ROWS),
+    "output_backward": ("_linear_output_backward_kernel", ROWS),
+    "add_sums": ("_add_parts_kernel", PARTS | NO_STATISTICS),
+    "add_statistics": ("_add_parts_kernel", PARTS),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernels_compile_for_every_architecture(kernel: str) -> None:
-    """At the largest head dimension, which takes the most memory."""
-    half, full, strided = KERNELS[kernel]
-    signature = {
-        **{f"{name}_ptr": "*bf16" for name in half.split()},
-        **{f"{name}_ptr": "*fp32" for name in full.split()},
-        "length": "i32",
-        "run": "i32:16",
-        "H": "i32",
-        **{f"stride_{x}{axis}": "i32:16" for x in strided for axis in "blh"},
-    }
-    constants = {"FEATURE_MAP": "softmax", "D": 128, "BLOCK_D": 128, "BLOCK_L": 64}
+@pytest.mark.parametrize(
+    ("num_stages", "block_l", "architectures"),
+    [(3, 64, (90, 100)), (2, 32, (80, 86, 89, 120))],
+    ids=["large", "small"],
+)
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_compile(
+    name: str, num_stages: int, block_l: int, architectures: tuple[int, ...]
+) -> None:
+    """For every architecture, at the largest head dimension, which takes the most memory."""
+    from turbodit.kernels.linear_attention import triton
+
+    kernel, constants = KERNELS[name]
+    if "BLOCK_L" in constants and name != "statistics":  # there it is block_k
+        constants = constants | {"BLOCK_L": block_l}
+    signature = {}
+    for argument in getattr(triton, kernel).arg_names:
+        if argument.endswith("_ptr"):
+            signature[argument] = "*fp32" if argument in FLOATS else "*bf16"
+        elif argument.startswith("stride") or argument == "run":
+            signature[argument] = "i32:16"
+        else:
+            signature[argument] = "i32"
+    if name == "add_statistics":
+        signature["kv_ptr"] = "*bf16"
     assert_compiles(
         "turbodit.kernels.linear_attention.triton",
         kernel,
-        signature,
+        {argument: kind for argument, kind in signature.items() if argument not in constants},
         constants,
+        architectures,
         num_warps=8,
-        num_stages=2,
+        num_stages=num_stages,
     )

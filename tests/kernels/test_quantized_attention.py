@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from tests.kernels.compile_only import ARCHITECTURES, assert_compiles
 
+from turbodit.kernels.linear_attention.reference import FEATURE_MAPS, linear_branch
 from turbodit.kernels.quantized_attention import (
     _quantized_attention,
     fastest_pv,
@@ -22,7 +23,7 @@ triton, tl = kernels.triton, kernels.tl
 
 DEFAULTS: dict[str, Any] = {
     "block_q": 32, "block_k": 32, "scale": 0.125, "causal": False, "pv": "fp16",
-    "smooth_k": True, "smooth_v": False, "feature_map": "softmax",
+    "pv_threshold": None, "smooth_k": True, "smooth_v": False, "feature_map": "softmax",
 }  # fmt: skip
 # What a kernel may differ from its reference by: in fp8, P is rounded at another running maximum.
 CLOSE = {"fp16": 1e-3, "fp8": 0.02}
@@ -148,16 +149,29 @@ def test_all_blocks_in_any_order_are_dense_attention() -> None:
     assert relative_error(sparse, dense) < 1e-3
 
 
-@pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_the_linear_branch_is_added(feature_map: str) -> None:
     q, k, v = inputs(40, 70, heads=2, batch=2, dtype=torch.float32)
-    kv, k_sum, bias = torch.randn(2, 2, 64, 64), torch.rand(2, 2, 64), torch.randn(64)
-    phi = {"softmax": lambda x: x.softmax(-1), "elu": lambda x: F.elu(x) + 1, "relu": F.relu}
-    phi_q = phi[feature_map](q.transpose(1, 2).double())
-    denominator = phi_q @ k_sum[..., None].double() + 1e-5
-    branch = (phi_q @ kv.double() / denominator).transpose(1, 2) + bias
-    out = quantized_attention(q, k, v, linear=(kv, k_sum, bias), feature_map=feature_map)
+    linear = (torch.randn(2, 2, 64, 64), torch.rand(2, 2, 64), torch.randn(64))
+    out = quantized_attention(q, k, v, linear=linear, feature_map=feature_map)
+    branch = linear_branch(q.double(), *(x.double() for x in linear), feature_map)
     assert relative_error(out - quantized_attention(q, k, v), branch) < 1e-5
+
+
+def test_known_statistics_change_nothing() -> None:
+    q, k, v = inputs(40, 70, heads=2, batch=2)
+    known = {"k_mean": k.float().mean(1), "v_largest": v.float().abs().amax(1)}
+    assert torch.equal(quantized_attention(q, k, v, **known), quantized_attention(q, k, v))
+
+
+def test_faint_blocks_are_left_out() -> None:
+    q, k, v = inputs(64, 160, heads=2)
+    q, k = 3 * q, k.clone()
+    k[:, 32:64] = -q[:, 32:64]  # far under the rest, for the rows that they mirror
+    every = quantized_attention(q, k, v, block_k=32)
+    apart = quantized_attention(q, k, v, block_k=32, pv_threshold=2.0)
+    hardly = quantized_attention(q, k, v, block_k=32, pv_threshold=20.0)
+    assert relative_error(hardly, every) < 1e-6 < 1e-3 < relative_error(apart, every) < 0.2
 
 
 def test_zeros_stay_zeros() -> None:
@@ -165,7 +179,7 @@ def test_zeros_stay_zeros() -> None:
     for pv in ("fp16", "fp8"):
         assert quantized_attention(zeros, zeros, zeros, pv=pv, causal=True).eq(0).all()
         assert kernels.quantized_attention(
-            zeros, zeros, zeros, None, None, None, **DEFAULTS | {"pv": pv, "causal": True}
+            zeros, zeros, zeros, *(None,) * 5, **DEFAULTS | {"pv": pv, "causal": True}
         ).eq(0).all()  # fmt: skip
 
 
@@ -210,8 +224,7 @@ def test_block_sizes(block_q: int, block_k: int, pv: str) -> None:
 def test_sparse_kernel_with_linear_branch(feature_map: str, pv: str) -> None:
     q, k, v = inputs(70, 80, heads=2)
     indices, counts, _ = block_map(q, k, kept=2)
-    # Sums over 100,000 keys: past float16.
-    linear = (1e5 * torch.randn(1, 2, 64, 64), 1e5 * torch.rand(1, 2, 64), torch.randn(64))
+    linear = (torch.randn(1, 2, 64, 64).half(), 1e5 * torch.rand(1, 2, 64), torch.randn(64))
     settings = {"pv": pv, "feature_map": feature_map, "smooth_v": True}
     compare(q, k, v, indices, counts, linear, **settings)
 
@@ -225,11 +238,28 @@ def test_sparse_kernel(pv: str) -> None:
     compare(q, k, v, indices, pv=pv)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("pv", ["fp16", "fp8"])
+def test_kernel_that_leaves_out_faint_blocks(pv: str) -> None:
+    q, k, v = inputs(100, 111, heads=2)
+    indices, counts, _ = block_map(q, k, kept=4)
+    q = 4 * q
+    q[:, :32], k[:, 32:64] = 8, -8  # a block that no row of a tile wants
+    compare(q, k, v, indices, counts, pv=pv, pv_threshold=3.0)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_kernel_with_known_statistics() -> None:
+    q, k, v = inputs(70, 80, heads=2, batch=2)
+    known = (torch.randn(2, 2, 64), 2 * v.float().abs().amax(1))
+    compare(q, k, v, None, None, None, *known)
+
+
 def compare(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *sparse: Any, **settings: Any
 ) -> None:
     """Kernel and reference against each other, and against the reference without rounding."""
-    arguments = (q, k, v, *sparse, *(None,) * (3 - len(sparse)))
+    arguments = (q, k, v, *sparse, *(None,) * (5 - len(sparse)))
     settings = DEFAULTS | settings
     with pytest.MonkeyPatch.context() as patch:
         got = kernels.quantized_attention(*arguments, **settings)
@@ -263,25 +293,21 @@ def rounded_by_triton(x: torch.Tensor, form: str) -> torch.Tensor:
 @pytest.mark.usefixtures("poisoned")
 def test_quantised_copies_are_those_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CHUNK", 32)  # many parts of a sum
-    monkeypatch.setattr(kernels, "TILE", 4)
-    q, k, v = inputs(70, 200, heads=2, batch=2)
-    rows, scale = kernels.quantize_queries(q, 2.0, 64)
-    want, want_scale = reference.quantize_queries(q, 2.0)
+    monkeypatch.setattr(kernels, "TILE", 16)
+    _, k, v = inputs(70, 200, heads=2, batch=2)
+    mean, scale = kernels._statistics(v, 1.0, smooth=True)
+    want, want_scale, want_mean = reference.quantize_values(v, "fp16", True, None)
+    torch.testing.assert_close(scale, want_scale[:, :, 0])
+    torch.testing.assert_close(mean, want_mean[:, :, 0])
+    values = kernels.quantize_values(v, 32, "fp16", scale, mean)
+    torch.testing.assert_close(values.flatten(2, 3)[:, :, :200].float(), want, atol=1e-3, rtol=1e-3)
+    assert values.flatten(2, 3)[:, :, 200:].eq(0).all()
+    keys, scale = kernels.quantize_keys(k, 32, mean)
+    want, want_scale = reference.quantize_keys(k, 32, mean)
     # Rounding before it may tip a value over to the next integer.
-    torch.testing.assert_close(rows[:, :, :70].float(), want, atol=1, rtol=0)
-    assert rows[:, :, :70].float().ne(want).double().mean() < 0.01
-    torch.testing.assert_close(scale[:, :, :70, None], want_scale)
-    keys, scale = kernels.quantize_keys(k, 32, smooth=True)
-    want, want_scale = reference.quantize_keys(k, 32, smooth=True)
     torch.testing.assert_close(keys.float(), want, atol=1, rtol=0)
     assert keys.float().ne(want).double().mean() < 0.01
     torch.testing.assert_close(scale[..., None, None], want_scale)
-    values, scale, mean = kernels.quantize_values(v, 32, "fp16", smooth=True)
-    want, want_scale, want_mean = reference.quantize_values(v, "fp16", smooth=True)
-    torch.testing.assert_close(values.flatten(2, 3)[:, :, :200].float(), want, atol=1e-3, rtol=1e-3)
-    assert values.flatten(2, 3)[:, :, 200:].eq(0).all()
-    torch.testing.assert_close(scale, want_scale[:, :, 0])
-    torch.testing.assert_close(mean, want_mean[:, :, 0])
 
 
 # The public call.
@@ -291,8 +317,9 @@ def test_quantised_copies_are_those_of_the_reference(monkeypatch: pytest.MonkeyP
 def test_opcheck(sparse: bool) -> None:
     q, k, v = inputs(40, 50, heads=2)
     indices, counts, _ = block_map(q, k, kept=1)
-    kv, k_sum, bias = torch.randn(1, 2, 64, 64), torch.rand(1, 2, 64), torch.randn(64)
-    optional = (indices, counts, kv, k_sum, bias) if sparse else (None,) * 5
+    means, k_sum, bias = torch.randn(1, 2, 64, 64), torch.rand(1, 2, 64), torch.randn(64)
+    known = (k.float().mean(1), v.float().abs().amax(1))
+    optional = (indices, counts, means, k_sum, bias, *known) if sparse else (None,) * 7
     torch.library.opcheck(_quantized_attention, (q, k, v, *optional, *DEFAULTS.values()))
 
 
@@ -323,6 +350,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"block_q": 48}, "block_q must be one of"),
     ({"block_k": 16, "pv": "fp8"}, "at least 32 with fp8"),
     ({"scale": 0.0}, "above zero"),
+    ({"pv_threshold": 0.0}, "above zero"),
+    ({"k_mean": Q[:, 0, 0]}, "k_mean must be"),
+    ({"k_mean": Q[:, 0], "smooth_k": False}, "k_mean without smooth_k"),
+    ({"v_largest": Q[:, 0], "smooth_v": True}, "not with smooth_v"),
     ({"counts": ONE[..., 0]}, "counts without indices"),
     ({"indices": ONE, "causal": True}, "causal"),
     ({"indices": ONE.long()}, "indices must be int32"),
@@ -345,7 +376,7 @@ MODULE = "turbodit.kernels.quantized_attention.triton"
 STRIDES = dict.fromkeys(("stride_b", "stride_l", "stride_h"), "i32:16")
 OPTIONAL = {
     "sparse": ("indices_ptr", "counts_ptr"),
-    "linear": ("exact_q_ptr", "kv_ptr", "kv_scale_ptr", "k_sum_ptr", "bias_ptr"),
+    "linear": ("means_ptr", "k_sum_ptr", "bias_ptr"),
     "smooth_v": ("v_mean_ptr",),
 }
 
@@ -358,17 +389,18 @@ def test_attention_compiles(given: tuple[str, ...], capability: int) -> None:
     fp8 = capability >= 89
     launch = kernels.LAUNCH.get((capability, 128), kernels.SMALL_LAUNCH)
     pointers = {
-        "q_ptr": "*i8", "q_scale_ptr": "*fp32", "k_ptr": "*i8", "k_scale_ptr": "*fp32",
+        "q_ptr": "*bf16", "k_ptr": "*i8", "k_scale_ptr": "*fp32",
         "v_ptr": "*fp8e4nv" if fp8 else "*fp16", "v_scale_ptr": "*fp32", "v_mean_ptr": "*fp32",
-        "out_ptr": "*bf16", "indices_ptr": "*i32", "counts_ptr": "*i32", "exact_q_ptr": "*bf16",
-        "kv_ptr": "*bf16", "kv_scale_ptr": "*fp32", "k_sum_ptr": "*fp32", "bias_ptr": "*fp32",
+        "out_ptr": "*bf16", "indices_ptr": "*i32", "counts_ptr": "*i32",
+        "means_ptr": "*bf16", "k_sum_ptr": "*fp32", "bias_ptr": "*fp32",
     }  # fmt: skip
     numbers = dict.fromkeys(("kept", "length_q", "length_k", "group"), "i32")
+    numbers |= dict.fromkeys(("factor", "pv_threshold"), "fp32")
     strides = dict.fromkeys(("stride_qb", "stride_ql", "stride_qh"), "i32:16")
     absent = {name: None for part in OPTIONAL if part not in given for name in OPTIONAL[part]}
     constants = {
         "D": 128, "TILE_Q": launch.rows, "BLOCK_Q": 128, "BLOCK_K": 64,
-        "CAUSAL": not given, "FP8": fp8, "FEATURE_MAP": "softmax",
+        "CAUSAL": not given, "FP8": fp8, "SKIP_PV": bool(given), "FEATURE_MAP": "softmax",
     }  # fmt: skip
     assert_compiles(
         MODULE, "_attention_kernel", pointers | numbers | strides, constants | absent,
@@ -386,12 +418,10 @@ def test_statistics_and_quantisation_compile() -> None:
         signature = {name: kind for name, kind in (common | own).items() if name in names}
         assert_compiles(MODULE, kernel, signature, {"D": 128} | constants, **options)
 
-    check("_statistics_kernel", {"x_ptr": "*bf16"}, {"CHUNK": 512, "TILE": 32})
+    check("_statistics_kernel", {"x_ptr": "*bf16"}, {"CHUNK": 512, "TILE": 128}, num_warps=8)
     numbers = {"chunks": "i32", "limit": "fp32"}
-    check("_combine_kernel", numbers, {"TILE": 32, "SMOOTH": True})
-    int8 = {"x_ptr": "*bf16", "out_ptr": "*i8", "factor": "fp32"}
-    check("_quantize_int8_kernel", int8, {"ROWS": 64, "SCALE_PER_ROW": False})
-    check("_quantize_int8_kernel", int8, {"ROWS": 64, "SCALE_PER_ROW": True, "mean_ptr": None})
+    check("_combine_kernel", numbers, {"TILE": 128, "DIMS": 32, "SMOOTH": True})
+    check("_quantize_keys_kernel", {"k_ptr": "*bf16", "out_ptr": "*i8"}, {"BLOCK_K": 64})
     fp16, fp8 = ({"v_ptr": "*bf16", "out_ptr": kind} for kind in ("*fp16", "*fp8e4nv"))
     check("_quantize_values_kernel", fp16, {"BLOCK_K": 64, "FP8": False})
     check(

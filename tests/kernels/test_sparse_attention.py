@@ -14,7 +14,8 @@ from tests.kernels.compile_only import assert_compiles
 
 from turbodit.kernels import sparse_attention as ops
 from turbodit.kernels.block_map import indices_from_map
-from turbodit.kernels.linear_attention import FEATURE_MAPS, key_value_sums, linear_output
+from turbodit.kernels.linear_attention import FEATURE_MAPS, key_value_statistics
+from turbodit.kernels.linear_attention.reference import linear_branch
 from turbodit.kernels.sparse_attention import reference, sparse_attention, sparse_attention_forward
 
 triton = pytest.importorskip("turbodit.kernels.sparse_attention.triton")
@@ -35,9 +36,10 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture(params=["LARGE", "SMALL"])
 def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels as launched on a GPU with much shared memory, and on one with little."""
+    """The kernels as launched on a GPU with much shared memory and TMA, and on another."""
     table = getattr(triton, request.param)
     monkeypatch.setattr(triton, "_launches", lambda x, block_q: table[64, max(64, block_q)])
+    monkeypatch.setattr(triton, "_can_describe", lambda *tensors: request.param == "LARGE")
 
 
 @dataclass
@@ -82,8 +84,8 @@ class Problem:
 
     def linear(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         _, k, v = self.qkv
-        kv, k_sum = key_value_sums(k, v, "softmax")
-        return kv @ torch.randn(self.dim, self.dim), k_sum, torch.randn(self.dim)
+        statistics = key_value_statistics(k, v, torch.randn(self.dim, self.dim), 16, "softmax")
+        return statistics.means, statistics.k_sum, torch.randn(self.dim)
 
     def exact(self) -> torch.Tensor:
         q, k, v = (x.double().transpose(1, 2) for x in self.qkv)
@@ -148,15 +150,16 @@ def test_rows_without_blocks_are_zeros() -> None:
 def test_linear_branch_is_added() -> None:
     problem = Problem(40, 33)
     q, k, v = (x.float() for x in problem.qkv)
-    kv, k_sum, bias = problem.linear()
+    means, k_sum, bias = problem.linear()
+    means = means.float()
     blocks = problem.indices, problem.counts
     sizes = {"block_q": 16, "block_k": 16}
     for feature_map in FEATURE_MAPS:
         out = sparse_attention(
-            q, k, v, *blocks, **sizes, linear=(kv, k_sum, bias), feature_map=feature_map
+            q, k, v, *blocks, **sizes, linear=(means, k_sum, bias), feature_map=feature_map
         )
         want = sparse_attention(q, k, v, *blocks, **sizes)
-        want = want + linear_output(q, kv, k_sum, feature_map) + bias
+        want = want + linear_branch(q, means, k_sum, bias, feature_map)
         torch.testing.assert_close(out, want)
 
 
@@ -195,6 +198,7 @@ def test_errors_say_what_is_expected() -> None:
         ({"indices": indices.long()}, "block indices are int32"),
         ({"scale": -1.0}, "scale must be positive"),
         ({"linear": (*linear[:2], torch.zeros(7))}, "linear must be"),
+        ({"linear": (linear[0].half(), *linear[1:])}, "linear must be"),
         ({"feature_map": "gelu"}, "unknown feature map 'gelu'; supported: softmax, elu, relu"),
         ({"q": q.clone().requires_grad_(), "linear": linear}, "no gradient"),
     ):
@@ -329,11 +333,20 @@ def test_linear_branch_kernel(feature_map: str, dim: int) -> None:
 def test_linear_branch_kernel_does_not_overflow() -> None:
     """Sums over a long sequence exceed float16's range."""
     problem = Problem(16, 16)
-    kv, k_sum, bias = problem.linear()
-    linear = 1e6 * kv, 1e6 * k_sum, bias
+    means, k_sum, bias = problem.linear()
+    linear = means, 1e6 * k_sum, bias
     got, _ = triton.forward(*problem.qkv, *problem.blocks, *linear, "elu")
     want, _ = reference.forward(*problem.qkv, *problem.blocks, *linear, "elu")
     assert relative_error(got, want) <= 1e-3
+
+
+def test_tma_needs_aligned_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(2, 40, 3, 16).half()
+    assert not triton._can_describe(x)  # not on a GPU that has it
+    monkeypatch.setattr(triton, "_is_large", lambda x: True)
+    assert triton._can_describe(x, x[:, :, :2], x[:, 1:], x.transpose(1, 2))
+    for odd in (x[..., 1:9], torch.zeros(2, 40, 3, 17).half()[..., :16], x[:, :1].expand_as(x)):
+        assert not triton._can_describe(x, odd)
 
 
 def test_equal_inputs_give_equal_bits() -> None:
@@ -347,11 +360,16 @@ def test_equal_inputs_give_equal_bits() -> None:
 
 def signature(kernel: str, dtype: str, constants: dict[str, object]) -> dict[str, str]:
     """Types of all arguments that are not constants."""
+    rows = constants["STEP" if kernel == "_dkdv_kernel" else "BLOCK_K"]
+    tiles = f"tensordesc<{dtype}[1, 1, {rows}, {constants['D']}]>"
     types = {"H": "i32", "Lq": "i32", "Lk": "i32", "width": "i32", "query_blocks": "i32"}
     types |= dict.fromkeys(("indices_ptr", "counts_ptr", "keepers_ptr"), "*i32")
-    types |= dict.fromkeys(("kv_ptr", "k_sum_ptr", "bias_ptr"), "*fp32")
+    types |= dict.fromkeys(("k_sum_ptr", "bias_ptr"), "*fp32")
     types |= dict.fromkeys(("lse_ptr", "log2_sum_ptr", "along_out_ptr"), "*fp32")
     types |= {"scale": "fp32", "order_ptr": "*i64"}
+    types |= dict.fromkeys(("q", "k", "v", "grad"), tiles if constants["TMA"] else f"*{dtype}")
+    statistics = f"tensordesc<fp32[1, {rows}]>" if constants["TMA"] else "*fp32"
+    types |= dict.fromkeys(("log2_sum", "along_out"), statistics)
     names = getattr(triton, kernel).arg_names
     return {
         name: types.get(name, "i32:16" if name.startswith("stride") else f"*{dtype}")
@@ -378,17 +396,17 @@ def test_kernels_compile(
     launches = getattr(triton, table)[dim, block_q]
     launch = {**launches._asdict(), "linear": launches.forward}[kernel]
     constants: dict[str, object] = {"D": dim, "BLOCK_Q": block_q, "BLOCK_K": 64}
+    constants["TMA"] = table == "LARGE"
     if kernel == "dkdv":
         constants["STEP"] = launch.step
     else:
-        constants |= {"BLOCKS_PER_STEP": launch.step, "counts_ptr": None}
+        constants["counts_ptr"] = None
     if kernel in ("forward", "linear"):
         constants["FEATURE_MAP"] = "softmax"
     if kernel == "forward":
-        constants |= dict.fromkeys(("kv_ptr", "k_sum_ptr", "bias_ptr"))
+        constants |= dict.fromkeys(("means_ptr", "k_sum_ptr", "bias_ptr"))
     name = "_forward_kernel" if kernel == "linear" else f"_{kernel}_kernel"
     assert_compiles(
         "turbodit.kernels.sparse_attention.triton", name, signature(name, "bf16", constants),
-        constants, architectures, triton._warps(launch, 64 if kernel == "dkdv" else block_q),
-        launch.num_stages,
+        constants, architectures, launch.num_warps, launch.num_stages,
     )  # fmt: skip

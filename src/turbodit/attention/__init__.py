@@ -12,6 +12,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.machinery import PathFinder
 from typing import Any
 
 import torch
@@ -63,14 +64,14 @@ class Backend:
 
 
 def _needs(
-    package: str | None = None, install: str = "", capability: tuple[int, int] = (8, 0)
+    modules: tuple[str, ...] = (), install: str = "", capability: tuple[int, int] = (8, 0)
 ) -> Callable[[torch.device], str | None]:
-    """What a library's back-end misses on a device: CUDA, a newer device, or the package."""
+    """What a library's back-end misses on a device: CUDA, a newer device, or its modules."""
 
     def missing(device: torch.device) -> str | None:
         if device.type != "cuda":
             return "needs a CUDA device"
-        return _too_old(device, capability) or _not_installed(package, install)
+        return _too_old(device, capability) or _not_installed(modules, install)
 
     return missing
 
@@ -81,7 +82,7 @@ def _ours(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return "needs a CPU or a CUDA device"
-    return _too_old(device, (8, 0)) or _not_installed("triton", "triton")
+    return _too_old(device, (8, 0)) or _not_installed(("triton",), "triton")
 
 
 def _too_old(device: torch.device, capability: tuple[int, int]) -> str | None:
@@ -92,10 +93,18 @@ def _too_old(device: torch.device, capability: tuple[int, int]) -> str | None:
     return f"needs compute capability {wanted}, {found.name} has {found.major}.{found.minor}"
 
 
-def _not_installed(package: str | None, install: str) -> str | None:
-    if package is None or importlib.util.find_spec(package) is not None:
-        return None
-    return f"needs the package {package}: pip install {install}"
+def _not_installed(modules: tuple[str, ...], install: str) -> str | None:
+    absent = next((module for module in modules if not _is_there(module)), None)
+    return absent and f"needs the package {absent}: pip install {install}"
+
+
+def _is_there(module: str) -> bool:
+    """Whether a module or submodule can be found; nothing is imported for it."""
+    package, _, rest = module.partition(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not rest:
+        return spec is not None
+    return PathFinder.find_spec(module, spec.submodule_search_locations or []) is not None
 
 
 BACKENDS: dict[str, Backend] = {
@@ -126,19 +135,26 @@ BACKENDS: dict[str, Backend] = {
     ),
     "flash2": Backend(
         build=lambda: dense.flash2,
-        missing=_needs("flash_attn", "flash-attn"),
+        # FlashAttention-4 is installed into a folder of the same name.
+        missing=_needs(("flash_attn.flash_attn_interface",), "flash-attn"),
         description="FlashAttention-2",
     ),
     "flash3": Backend(
         build=lambda: dense.flash3,
         missing=_needs(
-            "flash_attn_interface", "it from the hopper folder of flash-attention", (9, 0)
+            ("flash_attn_interface",), "it from the hopper folder of flash-attention", (9, 0)
         ),
         description="FlashAttention-3",
     ),
+    "flash4": Backend(
+        build=lambda: dense.flash4,
+        # FlashAttention-2 may bring the first of these, but not what it is written in.
+        missing=_needs(("flash_attn.cute", "cutlass"), "flash-attn-4", (9, 0)),
+        description="FlashAttention-4",
+    ),
     "xformers": Backend(
         build=lambda: dense.xformers,
-        missing=_needs("xformers", "xformers"),
+        missing=_needs(("xformers",), "xformers"),
         description="xFormers' memory_efficient_attention",
     ),
     "sage": Backend(

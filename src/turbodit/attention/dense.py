@@ -45,9 +45,13 @@ def flash2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def flash3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """FlashAttention-3 (arXiv:2407.08608), package `flash_attn_interface`."""
     _need_half("flash3", q)
-    out = _library("flash_attn_interface").flash_attn_func(q, k, v)
-    # Its first releases return the log-sum-exp as well.
-    return out[0] if isinstance(out, tuple) else out
+    return _without_lse(_library("flash_attn_interface").flash_attn_func(q, k, v))
+
+
+def flash4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """FlashAttention-4 (arXiv:2603.05451), package `flash_attn.cute`."""
+    _need_half("flash4", q)
+    return _without_lse(_library("flash_attn.cute").flash_attn_func(q, k, v))
 
 
 def xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -57,6 +61,11 @@ def xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def _library(name: str) -> Any:
     return importlib.import_module(name)
+
+
+def _without_lse(result: Any) -> torch.Tensor:
+    """The output alone: some releases return the log-sum-exp with it."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 def _need_half(backend: str, q: torch.Tensor) -> None:

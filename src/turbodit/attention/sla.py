@@ -28,13 +28,17 @@ from torch import nn
 from turbodit.attention.head_dim import pad_head_dim
 from turbodit.kernels import HEAD_DIMS
 from turbodit.kernels.block_map import map_from_indices, pool, select_topk
-from turbodit.kernels.linear_attention import FEATURE_MAPS, key_value_sums, linear_output
+from turbodit.kernels.linear_attention import (
+    FEATURE_MAPS,
+    KeyValueStatistics,
+    key_value_statistics,
+    key_value_sums,
+    linear_output,
+)
 from turbodit.kernels.quantized_attention import fastest_pv, quantized_attention
 from turbodit.kernels.sparse_attention import sparse_attention
 
 VARIANTS = ("released", "paper")
-
-LinearBranch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # kv, k_sum, bias
 
 
 class SparseLinearAttention(nn.Module):
@@ -95,13 +99,13 @@ class SparseLinearAttention(nn.Module):
         """
         # Scores of blocks and sums over keys need float32 also where autocast is on.
         with torch.autocast(q.device.type, enabled=False):
+            if self._can_fuse(q, k, v):
+                return self._fused(q, k, v)
             indices = self.block_indices(q, k)
             if self.variant == "paper":
-                return self._sparse(q, k, v, indices) + self._marginal_branch(q, k, v, indices)
-            kv, k_sum, bias = self.linear_branch(k, v)
-            if self._can_fuse(q, k, v):
-                return self._sparse(q, k, v, indices, (kv, k_sum, bias))
-            linear = linear_output(q, kv, k_sum, self.feature_map) + bias.to(q.dtype)
+                linear = self._marginal_branch(q, k, v, indices)
+            else:
+                linear = self._linear_branch(q, k, v)
             return self._sparse(q, k, v, indices) + linear
 
     @torch.no_grad()
@@ -110,14 +114,11 @@ class SparseLinearAttention(nn.Module):
         q, k = pad_head_dim(q, k)
         return select_topk(pool(q, self.block_q), pool(k, self.block_k), self.ratio)
 
-    def linear_branch(self, k: torch.Tensor, v: torch.Tensor) -> LinearBranch:
-        """What a query block needs for the linear branch over all keys, proj_l included.
-
-        Returns:
-            kv (B,H,D,D), k_sum (B,H,D), bias (D,), float32.
-        """
+    def _linear_branch(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The linear branch over all keys, proj_l included."""
         kv, k_sum = key_value_sums(k, v, self.feature_map)
-        return kv @ self.proj_l.weight.to(kv.dtype).T, k_sum, self.proj_l.bias.to(kv.dtype)
+        kv = kv @ self.proj_l.weight.to(kv.dtype).T
+        return linear_output(q, kv, k_sum, self.feature_map, self.proj_l.bias.to(kv.dtype))
 
     def _marginal_branch(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor
@@ -129,35 +130,52 @@ class SparseLinearAttention(nn.Module):
         return F.linear(linear, self.proj_l.weight.to(q.dtype), self.proj_l.bias.to(q.dtype))
 
     def _can_fuse(self, *inputs: torch.Tensor) -> bool:
-        """Whether the sparse kernel may add the linear branch: it has no gradient, and no mask
-        for a feature map over padded channels."""
+        """Whether the sparse kernel may add the linear branch: it has no gradient, all keys, and
+        no mask for a feature map over padded channels."""
         tensors = (*inputs, self.proj_l.weight, self.proj_l.bias)
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        return not trains and inputs[0].shape[-1] in HEAD_DIMS
+        return self.variant == "released" and not trains and inputs[0].shape[-1] in HEAD_DIMS
+
+    def _fused(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Both branches in one kernel, after one pass over K and V."""
+        statistics = key_value_statistics(k, v, self.proj_l.weight, self.block_k, self.feature_map)
+        indices = select_topk(
+            pool(q, self.block_q), statistics.pooled_k, self.ratio, statistics.k_mean
+        )
+        bias = self.proj_l.bias.to(statistics.k_sum.dtype)
+        return self._kernel(
+            q,
+            k,
+            v,
+            indices,
+            linear=(statistics.means, statistics.k_sum, bias),
+            feature_map=self.feature_map,
+            **self._known(statistics),
+        )
 
     def _sparse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor
+    ) -> torch.Tensor:
+        """The sparse branch."""
+        dim = q.shape[-1]
+        q, k, v = pad_head_dim(q, k, v)
+        return self._kernel(q, k, v, indices, scale=dim**-0.5)[..., :dim]
+
+    def _known(self, statistics: KeyValueStatistics) -> dict[str, torch.Tensor]:
+        """What the kernel need not find out itself."""
+        return {}
+
+    def _kernel(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         indices: torch.Tensor,
-        linear: LinearBranch | None = None,
+        **settings: Any,
     ) -> torch.Tensor:
-        """The sparse branch and, if given, the linear one."""
-        dim = q.shape[-1]
-        out = self._kernel(
-            *pad_head_dim(q, k, v),
-            indices=indices,
-            block_q=self.block_q,
-            block_k=self.block_k,
-            scale=dim**-0.5,
-            linear=linear,
-            feature_map=self.feature_map,
+        return sparse_attention(
+            q, k, v, indices, block_q=self.block_q, block_k=self.block_k, **settings
         )
-        return out[..., :dim]
-
-    def _kernel(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return sparse_attention(*args, **kwargs)
 
 
 class SageSLA(SparseLinearAttention):
@@ -181,8 +199,27 @@ class SageSLA(SparseLinearAttention):
     ) -> None:
         super().__init__(head_dim, ratio, feature_map=feature_map, block_q=block_q, block_k=block_k)
 
-    def _kernel(self, q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return quantized_attention(q, *args, pv=fastest_pv(q.device, self.block_k), **kwargs)
+    def _known(self, statistics: KeyValueStatistics) -> dict[str, torch.Tensor]:
+        return {"k_mean": statistics.k_mean, "v_largest": statistics.v_largest}
+
+    def _kernel(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        indices: torch.Tensor,
+        **settings: Any,
+    ) -> torch.Tensor:
+        return quantized_attention(
+            q,
+            k,
+            v,
+            indices=indices,
+            block_q=self.block_q,
+            block_k=self.block_k,
+            pv=fastest_pv(q.device, self.block_k),
+            **settings,
+        )
 
 
 def marginal_attention(

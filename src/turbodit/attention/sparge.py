@@ -45,7 +45,9 @@ def sparge_attn_topk(
     """
     dim = q.shape[-1]
     q, k, v = pad_head_dim(q, k, v)
-    indices = select_topk(pool(q, block_q), pool(k, block_k), ratio)
+    # Scores of blocks need float32 also where autocast is on.
+    with torch.autocast(q.device.type, enabled=False):
+        indices = select_topk(pool(q, block_q), pool(k, block_k), ratio)
     return _attend(q, k, v, indices, None, block_q, block_k, dim)
 
 
@@ -76,14 +78,15 @@ def sparge_attn_cdf(
     dim = q.shape[-1]
     q, k, v = pad_head_dim(q, k, v)
     mean_k = k.mean(dim=1, dtype=torch.promote_types(k.dtype, torch.float32))
-    indices, counts = select_cdf(
-        pool(q, block_q),
-        pool(k, block_k),
-        threshold,
-        always=self_similarity(k, block_k, mean_k) < similarity,
-        always_queries=self_similarity(q, block_q) < similarity,
-        scale=dim**-0.5,
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        indices, counts = select_cdf(
+            pool(q, block_q),
+            pool(k, block_k),
+            threshold,
+            always=self_similarity(k, block_k, mean_k) < similarity,
+            always_queries=self_similarity(q, block_q) < similarity,
+            scale=dim**-0.5,
+        )
     return _attend(q, k, v, indices, counts, block_q, block_k, dim)
 
 

@@ -17,6 +17,7 @@ from types import ModuleType
 
 import torch
 
+from turbodit.kernels import custom_op
 from turbodit.kernels.block_map import reference
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 
-@torch.library.custom_op("turbodit::pool_blocks", mutates_args=())
+@custom_op("turbodit::pool_blocks")
 def pool(x: torch.Tensor, block: int) -> torch.Tensor:
     """Mean over each block's rows, a ragged last block's over its own: one pass over x.
 
@@ -47,7 +48,7 @@ def pool(x: torch.Tensor, block: int) -> torch.Tensor:
     return _implementation(x).pool(x, block)
 
 
-@torch.library.custom_op("turbodit::self_similarity", mutates_args=())
+@custom_op("turbodit::self_similarity")
 def self_similarity(x: torch.Tensor, block: int, mean: torch.Tensor | None = None) -> torch.Tensor:
     """How alike the rows of each block are (SpargeAttention, arXiv:2502.18137, section 3.2).
 
@@ -70,17 +71,23 @@ def self_similarity(x: torch.Tensor, block: int, mean: torch.Tensor | None = Non
     return _implementation(x).self_similarity(x, block, mean)
 
 
-def select_topk(pooled_q: torch.Tensor, pooled_k: torch.Tensor, ratio: float) -> torch.Tensor:
+def select_topk(
+    pooled_q: torch.Tensor,
+    pooled_k: torch.Tensor,
+    ratio: float,
+    mean_k: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The best-scored key blocks of each query block (SLA, arXiv:2509.24006, section 4).
 
     Scores are pooled_q pooled_k^T. Smoothing the keys by their mean adds the same number to all
-    scores of a query block, so it cannot change their order; the mean of the pooled keys is
-    taken off here for the precision that is lost where it is large.
+    scores of a query block, so it cannot change their order; a mean is taken off here for the
+    precision that is lost where it is large.
 
     Args:
         pooled_q: (B, H, Mq, D) float32.
         pooled_k: (B, H, Mk, D) float32.
         ratio: share of key blocks to keep, in (0, 1]; at least one is kept.
+        mean_k: (B, H, D) float32, that mean if it is known; else that of pooled_k.
 
     Returns:
         (B, H, Mq, N) int32, N = max(1, int(ratio * Mk)), ascending in each row. Of equal scores
@@ -91,7 +98,7 @@ def select_topk(pooled_q: torch.Tensor, pooled_k: torch.Tensor, ratio: float) ->
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"the top-k ratio must be in (0, 1], got {ratio}")
-    scores = _scores(pooled_q, pooled_k)
+    scores = _scores(pooled_q, pooled_k, mean_k)
     return _select_topk(scores, max(1, int(ratio * scores.shape[-1])))
 
 
@@ -135,7 +142,7 @@ def select_cdf(
     return _select_cdf(scores.softmax(dim=-1), threshold, always, always_queries)
 
 
-@torch.library.custom_op("turbodit::indices_from_map", mutates_args=())
+@custom_op("turbodit::indices_from_map")
 def indices_from_map(block_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Block indices of a block map.
 
@@ -156,7 +163,7 @@ def indices_from_map(block_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return _implementation(block_map).indices_from_map(block_map)
 
 
-@torch.library.custom_op("turbodit::map_from_indices", mutates_args=())
+@custom_op("turbodit::map_from_indices")
 def map_from_indices(
     indices: torch.Tensor, counts: torch.Tensor | None, key_blocks: int
 ) -> torch.Tensor:
@@ -190,12 +197,12 @@ def check_indices(indices: torch.Tensor, counts: torch.Tensor | None) -> None:
         )
 
 
-@torch.library.custom_op("turbodit::select_topk", mutates_args=())
+@custom_op("turbodit::select_topk")
 def _select_topk(scores: torch.Tensor, kept: int) -> torch.Tensor:
     return _implementation(scores).select_topk(scores, kept)
 
 
-@torch.library.custom_op("turbodit::select_cdf", mutates_args=())
+@custom_op("turbodit::select_cdf")
 def _select_cdf(
     weights: torch.Tensor,
     threshold: float,
@@ -260,14 +267,18 @@ def _implementation(x: torch.Tensor) -> ModuleType:
     return triton
 
 
-def _scores(pooled_q: torch.Tensor, pooled_k: torch.Tensor) -> torch.Tensor:
+def _scores(
+    pooled_q: torch.Tensor, pooled_k: torch.Tensor, mean_k: torch.Tensor | None = None
+) -> torch.Tensor:
     """(B, H, Mq, Mk), less a number for each row."""
     if pooled_q.shape[:2] != pooled_k.shape[:2] or pooled_q.shape[3] != pooled_k.shape[3]:
         raise ValueError(
             "pooled q and k must be (B, H, Mq, D) and (B, H, Mk, D), got "
             f"{tuple(pooled_q.shape)} and {tuple(pooled_k.shape)}"
         )
-    return pooled_q @ (pooled_k - pooled_k.mean(dim=2, keepdim=True)).transpose(2, 3)
+    if mean_k is None:
+        mean_k = pooled_k.mean(dim=2)
+    return pooled_q @ (pooled_k - mean_k[:, :, None]).transpose(2, 3)
 
 
 def _check_rows(x: torch.Tensor, block: int) -> None:

@@ -1,8 +1,10 @@
 """The block map on a GPU; `reference` says what is computed.
 
-Selecting needs no sort. Scores become integers that order as they do, and 32 halvings find
-the largest integer that enough of the row reaches: one count (or sum of weights) of a row
-held in registers each. What is kept is then written in ascending order.
+Selecting needs no sort. Scores become integers that order as they do, and halving the range of
+a row finds the largest integer that enough of the row reaches: at most 32 counts (or sums of
+weights) of a row held in registers, and for counts about half as many, as they may stop where
+exactly the wanted number is left. What is kept is then written in ascending order. A program
+has one row, and if it can one warp, so that all of this passes through registers.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-_SELECT_ELEMENTS = 8192  # of scores that one program holds in registers
+_WARP_ELEMENTS = 512  # of a row that a warp holds in registers
+_LOWEST = tl.constexpr(-0x80000000)
 
 
 @triton.jit
@@ -19,7 +22,7 @@ def _rows_of_block(
     x_ptr, H, length, stride_b, stride_l, stride_h, D: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The program's block of rows, float32 with zeros past the end, and how many there are."""
-    head, start = tl.program_id(1), tl.program_id(0).to(tl.int64) * BLOCK
+    head, start = tl.program_id(0), tl.program_id(1).to(tl.int64) * BLOCK
     x_ptr += (head // H).to(tl.int64) * stride_b + (head % H) * stride_h + start * stride_l
     rows = tl.arange(0, BLOCK)
     count = tl.minimum(length - start, BLOCK).to(tl.int32)
@@ -33,7 +36,7 @@ def _pool_kernel(
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     x, count = _rows_of_block(x_ptr, H, length, stride_b, stride_l, stride_h, D, BLOCK)
-    out = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    out = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(pooled_ptr + out * D + tl.arange(0, D), tl.sum(x, axis=0) / count)
 
 
@@ -44,11 +47,11 @@ def _self_similarity_kernel(
 ):  # fmt: skip
     x, count = _rows_of_block(x_ptr, H, length, stride_b, stride_l, stride_h, D, BLOCK)
     if mean_ptr is not None:
-        mean = tl.load(mean_ptr + tl.program_id(1) * D + tl.arange(0, D))
+        mean = tl.load(mean_ptr + tl.program_id(0) * D + tl.arange(0, D))
         x = tl.where(tl.arange(0, BLOCK)[:, None] < count, x - mean[None, :], 0.0)
     norm = tl.sqrt(tl.sum(x * x, axis=1, keep_dims=True))
     direction = tl.sum(x / tl.maximum(norm, 1e-12), axis=0) / count
-    out = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    out = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(similarity_ptr + out, tl.sum(direction * direction, axis=0))
 
 
@@ -60,86 +63,97 @@ def _ordered_bits(x):
 
 
 @triton.jit
-def _largest_reached(bits, weights, target):
-    """Of each row the largest integer t for which the weights with bits >= t reach `target`."""
-    positive = tl.sum(tl.where(bits >= 0, weights, 0), axis=1, keep_dims=True)
-    reached = tl.where(positive >= target, 0, -0x80000000)
-    for i in range(31):
-        candidate = reached | (1 << (30 - i))
-        total = tl.sum(tl.where(bits >= candidate, weights, 0), axis=1, keep_dims=True)
-        reached = tl.where(total >= target, candidate, reached)
-    return reached
+def _row(values_ptr, row, key_blocks, COLUMNS: tl.constexpr):
+    """A row's values, their `_ordered_bits` (lowest past its end), columns and which exist."""
+    columns = tl.arange(0, COLUMNS)
+    inside = columns < key_blocks
+    values = tl.load(values_ptr + row * key_blocks + columns, inside, other=0.0)
+    return values, tl.where(inside, _ordered_bits(values), _LOWEST), columns, inside
 
 
 @triton.jit
-def _store_kept(kept, columns, indices_ptr, width, inside):
-    """Columns that are kept, ascending, then zeros up to `width`; returns how many."""
-    count = tl.sum(kept.to(tl.int32), axis=1, keep_dims=True)
-    place = tl.cumsum(kept.to(tl.int32), axis=1) - 1
-    kept_columns = tl.broadcast_to(columns, kept.shape)
-    tl.store(indices_ptr + place, kept_columns, kept & inside)
+def _largest_reached(bits, inside, weights, total, target, enough):
+    """(The largest t for which the weights with bits >= t reach `target`, their sum).
+
+    The smallest of the bits, with the sum `total` of all, if none does. Any t that gives a sum
+    of `enough` will do.
+    """
+    reached = tl.min(tl.where(inside, bits, 0x7FFFFFFF), axis=0)
+    missed = tl.max(bits, axis=0) + 1
+    middle = (reached & missed) + ((reached ^ missed) >> 1)  # no overflow
+    while (middle != reached) & (total != enough):
+        candidate = tl.sum(tl.where(bits >= middle, weights, 0), axis=0)
+        reaches = candidate >= target
+        reached = tl.where(reaches, middle, reached)
+        missed = tl.where(reaches, missed, middle)
+        total = tl.where(reaches, candidate, total)
+        middle = (reached & missed) + ((reached ^ missed) >> 1)
+    return reached, total
+
+
+@triton.jit
+def _store_kept(kept, columns, indices_ptr):
+    """Columns that are kept, ascending."""
+    place = tl.cumsum(kept.to(tl.int32), axis=0) - 1
+    tl.store(indices_ptr + place, columns, kept)
+
+
+@triton.jit
+def _store_kept_and_zeros(kept, columns, indices_ptr, count_ptr, width):
+    """Columns that are kept, ascending, then zeros up to `width`; and how many are kept."""
+    _store_kept(kept, columns, indices_ptr)
+    count = tl.sum(kept.to(tl.int32), axis=0)
     zeros = tl.zeros(kept.shape, tl.int32)
-    tl.store(indices_ptr + columns, zeros, (columns >= count) & (columns < width) & inside)
-    return count
+    tl.store(indices_ptr + columns, zeros, (columns >= count) & (columns < width))
+    tl.store(count_ptr, count)
 
 
-@triton.jit
-def _row_tile(rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The program's rows (ROWS, 1) int64, columns (1, COLUMNS) and which of the rows exist."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    return row, tl.arange(0, COLUMNS)[None, :], row < rows
-
-
-@triton.jit
+# A size of 1 would become a constant, and its type another.
+@triton.jit(do_not_specialize=["key_blocks", "kept_blocks"])
 def _select_topk_kernel(
-    scores_ptr, indices_ptr, rows, key_blocks, kept_blocks,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    scores_ptr, indices_ptr, key_blocks, kept_blocks, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    row, columns, exists = _row_tile(rows, ROWS, COLUMNS)
-    inside = exists & (columns < key_blocks)
-    scores = tl.load(scores_ptr + row * key_blocks + columns, inside, other=0.0)
-    bits = _ordered_bits(scores)
-    one = (columns < key_blocks).to(tl.int32)
-    weights = tl.broadcast_to(one, bits.shape)
-    last = _largest_reached(bits, weights, kept_blocks)
-    above = tl.where(bits > last, weights, 0)
-    equal = tl.where(bits == last, weights, 0)
-    room = kept_blocks - tl.sum(above, axis=1, keep_dims=True)
-    kept = (above > 0) | ((equal > 0) & (tl.cumsum(equal, axis=1) <= room))
-    _store_kept(kept, columns, indices_ptr + row * kept_blocks, kept_blocks, exists)
+    row = tl.program_id(0).to(tl.int64)
+    _, bits, columns, inside = _row(scores_ptr, row, key_blocks, COLUMNS)
+    ones = tl.full((COLUMNS,), 1, tl.int32)
+    last, count = _largest_reached(bits, inside, ones, key_blocks, kept_blocks, kept_blocks)
+    kept = bits >= last
+    if count > kept_blocks:  # of equal ones the first
+        equal = (bits == last).to(tl.int32)
+        room = kept_blocks - (count - tl.sum(equal, axis=0))
+        kept = (bits > last) | ((equal > 0) & (tl.cumsum(equal, axis=0) <= room))
+    _store_kept(kept, columns, indices_ptr + row * kept_blocks)
 
 
 @triton.jit
 def _select_cdf_kernel(
     weights_ptr, always_ptr, always_queries_ptr, indices_ptr, counts_ptr,
-    rows, query_blocks, key_blocks, threshold,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    query_blocks, key_blocks, threshold, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, columns, exists = _row_tile(rows, ROWS, COLUMNS)
-    inside = exists & (columns < key_blocks)
-    weights = tl.load(weights_ptr + row * key_blocks + columns, inside, other=0.0)
-    bits = _ordered_bits(weights)
-    kept = bits >= _largest_reached(bits, weights, threshold)
+    row = tl.program_id(0).to(tl.int64)
+    weights, bits, columns, inside = _row(weights_ptr, row, key_blocks, COLUMNS)
+    total = tl.sum(weights, axis=0)
+    # No sum is enough: weights that are zero do not count, but change no sum either.
+    last, _ = _largest_reached(bits, inside, weights, total, threshold, -1.0)
+    kept = bits >= last
     if always_ptr is not None:
         always = always_ptr + row // query_blocks * key_blocks + columns
         kept |= tl.load(always, inside, other=0) != 0
     if always_queries_ptr is not None:
-        kept |= tl.load(always_queries_ptr + row, exists, other=0) != 0
-    kept &= columns < key_blocks
-    count = _store_kept(kept, columns, indices_ptr + row * key_blocks, key_blocks, exists)
-    tl.store(counts_ptr + row, count, exists)
+        kept |= tl.load(always_queries_ptr + row) != 0
+    kept &= inside
+    indices_ptr += row * key_blocks
+    _store_kept_and_zeros(kept, columns, indices_ptr, counts_ptr + row, key_blocks)
 
 
 @triton.jit
 def _indices_from_map_kernel(
-    map_ptr, indices_ptr, counts_ptr, rows, key_blocks,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    map_ptr, indices_ptr, counts_ptr, key_blocks, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    row, columns, exists = _row_tile(rows, ROWS, COLUMNS)
-    inside = exists & (columns < key_blocks)
-    kept = tl.load(map_ptr + row * key_blocks + columns, inside, other=0) != 0
-    count = _store_kept(kept, columns, indices_ptr + row * key_blocks, key_blocks, exists)
-    tl.store(counts_ptr + row, count, exists)
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
+    kept = tl.load(map_ptr + row * key_blocks + columns, columns < key_blocks, other=0) != 0
+    indices_ptr += row * key_blocks
+    _store_kept_and_zeros(kept, columns, indices_ptr, counts_ptr + row, key_blocks)
 
 
 @triton.jit
@@ -164,7 +178,8 @@ def pool(x: torch.Tensor, block: int) -> torch.Tensor:
     batch, length, heads, dim = x.shape
     pooled = x.new_empty(batch, heads, triton.cdiv(length, block), dim, dtype=torch.float32)
     _pool_kernel[_block_grid(pooled)](
-        x, pooled, heads, length, *x.stride()[:3], D=dim, BLOCK=block
+        x, pooled, heads, length, *x.stride()[:3], D=dim, BLOCK=block,
+        num_warps=max(1, block // 64),
     )  # fmt: skip
     return pooled
 
@@ -182,9 +197,7 @@ def self_similarity(x: torch.Tensor, block: int, mean: torch.Tensor | None) -> t
 def select_topk(scores: torch.Tensor, kept: int) -> torch.Tensor:
     indices = scores.new_empty(*scores.shape[:3], kept, dtype=torch.int32)
     grid, sizes = _row_grid(scores)
-    _select_topk_kernel[grid](
-        scores.contiguous(), indices, scores[..., 0].numel(), scores.shape[-1], kept, **sizes
-    )
+    _select_topk_kernel[grid](scores.contiguous(), indices, scores.shape[-1], kept, **sizes)
     return indices
 
 
@@ -199,7 +212,7 @@ def select_cdf(
     grid, sizes = _row_grid(weights)
     _select_cdf_kernel[grid](
         weights.contiguous(), _bytes(always), _bytes(always_queries), indices, counts,
-        counts.numel(), query_blocks, key_blocks, threshold, **sizes,
+        query_blocks, key_blocks, threshold, **sizes,
     )  # fmt: skip
     return indices, counts
 
@@ -207,9 +220,7 @@ def select_cdf(
 def indices_from_map(block_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     indices, counts = _room_for_indices(block_map)
     grid, sizes = _row_grid(block_map)
-    _indices_from_map_kernel[grid](
-        _bytes(block_map), indices, counts, counts.numel(), block_map.shape[-1], **sizes
-    )
+    _indices_from_map_kernel[grid](_bytes(block_map), indices, counts, block_map.shape[-1], **sizes)
     return indices, counts
 
 
@@ -257,15 +268,14 @@ def _bytes(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _block_grid(out: torch.Tensor) -> tuple[int, int]:
-    """(M, B * H) of a (B, H, M, ...) output."""
-    return out.shape[2], out.shape[0] * out.shape[1]
+    """(B * H, M) of a (B, H, M, ...) output: heads, which lie side by side in memory, first."""
+    return out.shape[0] * out.shape[1], out.shape[2]
 
 
 def _row_grid(rows: torch.Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """Programs over the rows of (B, H, Mq, Mk), and the sizes of each."""
+    """A program for each row of (B, H, Mq, Mk), and its size."""
     columns = max(16, triton.next_power_of_2(rows.shape[-1]))
-    # A warp for each row keeps its counts within the warp.
-    each = max(1, min(4, _SELECT_ELEMENTS // columns))
-    num_warps = 4 if columns <= _SELECT_ELEMENTS else 16
-    grid = (triton.cdiv(rows[..., 0].numel(), each),)
-    return grid, {"ROWS": each, "COLUMNS": columns, "num_warps": num_warps}
+    num_warps = min(16, max(1, columns // _WARP_ELEMENTS))
+    # Four warps, and so four rows, for each of a multiprocessor's schedulers.
+    launch = {"num_warps": num_warps, "maxnreg": 128}
+    return (rows[..., 0].numel(),), {"COLUMNS": columns, **launch}

@@ -5,14 +5,15 @@
 (Katharopoulos et al., arXiv:2006.16236; the linear branch of SLA, arXiv:2509.24006, eq. 5).
 
 Shapes: B batch, L length (of queries and of keys, which may differ), H heads, D head
-dimension. Everything is computed in float32, or in float64 if that is what comes in; autocast
-changes nothing.
+dimension. Everything is computed in float32, or in float64 if that is what comes in.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+from turbodit.kernels.block_map.reference import pool
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 EPS = 1e-5
@@ -26,7 +27,6 @@ def phi(x: torch.Tensor, feature_map: str) -> torch.Tensor:
     return F.elu(x) + 1 if feature_map == "elu" else x.relu()
 
 
-@torch.autocast("cpu", enabled=False)
 def key_value_sums(
     k: torch.Tensor, v: torch.Tensor, feature_map: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +35,6 @@ def key_value_sums(
     return _sum_of_products(phi_k, _wide(v)), phi_k.sum(dim=1)
 
 
-@torch.autocast("cpu", enabled=False)
 def key_value_sums_backward(
     grad_kv: torch.Tensor,
     grad_k_sum: torch.Tensor,
@@ -51,21 +50,55 @@ def key_value_sums_backward(
     return grad_k.to(k.dtype).contiguous(), grad_v.to(v.dtype).contiguous()
 
 
-@torch.autocast("cpu", enabled=False)
-def linear_output(
-    q: torch.Tensor, kv: torch.Tensor, k_sum: torch.Tensor, feature_map: str
+def key_value_statistics(
+    k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor, block_k: int, feature_map: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """k, v (B,L,H,D), weight (D,D) -> pooled_k (B,H,Mk,D), k_mean, v_largest (B,H,D), means
+    (B,H,D,D) in k's dtype, k_sum (B,H,D)."""
+    kv, k_sum = key_value_sums(k, v, feature_map)
+    # Where no key has a feature, its row of kv is zero as well.
+    means = kv @ weight.to(kv.dtype).T / torch.where(k_sum > 0, k_sum, 1)[..., None]
+    k_mean, v_largest = _wide(k).mean(dim=1), _wide(v).abs().amax(dim=1)
+    return pool(k, block_k), k_mean, v_largest, means.to(k.dtype), k_sum
+
+
+def linear_branch(
+    q: torch.Tensor,
+    means: torch.Tensor,
+    k_sum: torch.Tensor,
+    bias: torch.Tensor,
+    feature_map: str,
 ) -> torch.Tensor:
-    """q (B,L,H,D), kv (B,H,D,D), k_sum (B,H,D) -> (B,L,H,D) in q's dtype."""
+    """w means + bias with w_i = phi(q)_i k_sum_i / (phi(q) . k_sum + 1e-5).
+
+    This is phi(q) kv W^T / (phi(q) . k_sum + 1e-5) + bias, from numbers that fit in half
+    precision however long the sequence: weights of at most 1, and phi-weighted means of values.
+
+    q (B,L,H,D), means (B,H,D,D), k_sum (B,H,D), bias (D,) -> (B,L,H,D), at least float32.
+    """
     phi_q = phi(q, feature_map)
-    numerator = torch.einsum("blhd,bhde->blhe", phi_q, kv)
-    return (numerator / _denominator(phi_q, k_sum)).to(q.dtype).contiguous()
+    weights = phi_q * k_sum[:, None] / _denominator(phi_q, k_sum)
+    return torch.einsum("blhd,bhde->blhe", weights, means.to(weights.dtype)) + bias
 
 
-@torch.autocast("cpu", enabled=False)
+def linear_output(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    k_sum: torch.Tensor,
+    feature_map: str,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """q (B,L,H,D), kv (B,H,D,D), k_sum (B,H,D), bias (D,) -> (B,L,H,D) in q's dtype."""
+    phi_q = phi(q, feature_map)
+    out = torch.einsum("blhd,bhde->blhe", phi_q, kv) / _denominator(phi_q, k_sum)
+    out = out if bias is None else out + bias
+    return out.to(q.dtype).contiguous()
+
+
 def linear_output_backward(
     grad: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, k_sum: torch.Tensor, feature_map: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients to q (B,L,H,D) in its dtype, kv (B,H,D,D) and k_sum (B,H,D)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients to q (B,L,H,D) in its dtype, kv (B,H,D,D), k_sum (B,H,D) and bias (D,)."""
     phi_q = phi(q, feature_map)
     denominator = _denominator(phi_q, k_sum)
     grad_numerator = _wide(grad) / denominator
@@ -76,7 +109,8 @@ def linear_output_backward(
     grad_kv = _sum_of_products(phi_q, grad_numerator)
     grad_k_sum = (phi_q * grad_denominator).sum(dim=1)
     grad_q = _phi_backward(q, phi_q, grad_phi, feature_map)
-    return grad_q.to(q.dtype).contiguous(), grad_kv, grad_k_sum
+    grad_bias = _wide(grad).sum(dim=(0, 1, 2))
+    return grad_q.to(q.dtype).contiguous(), grad_kv, grad_k_sum, grad_bias
 
 
 def _sum_of_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from turbodit.kernels import HEAD_DIMS
+from turbodit.kernels import HEAD_DIMS, custom_op
 from turbodit.kernels.linear_attention import FEATURE_MAPS
 from turbodit.kernels.quantized_attention import reference
 
@@ -36,8 +36,11 @@ def quantized_attention(
     scale: float | None = None,
     causal: bool = False,
     pv: str = "fp16",
+    pv_threshold: float | None = None,
     smooth_k: bool = True,
+    k_mean: torch.Tensor | None = None,
     smooth_v: bool = False,
+    v_largest: torch.Tensor | None = None,
     linear: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     feature_map: str = "softmax",
 ) -> torch.Tensor:
@@ -55,10 +58,16 @@ def quantized_attention(
         scale: of the scores, above zero; 1/sqrt(D) if None.
         causal: query i sees keys up to i, as in F.scaled_dot_product_attention. Dense only.
         pv: "fp16" or "fp8" (e4m3; compute capability 8.9 and above, and a CPU).
+        pv_threshold: leave out of a row's softmax the blocks whose scores all lie this far under
+            the largest score of the blocks before, and P V of blocks that all rows of a tile
+            leave out (SpargeAttention, arXiv:2502.18137); above zero. None: leave out nothing.
         smooth_k: quantise K without its mean over the keys, which changes no softmax.
+        k_mean: that mean (B,Hkv,D), float32, if it is known.
         smooth_v: quantise V without its mean over the keys, which is added afterwards.
-        linear: (kv (B,H,D,D) float32, k_sum (B,H,D) float32, bias (D,)): adds
-            phi(q) kv / (phi(q) . k_sum + 1e-5) + bias, where kv may hold a projection.
+        v_largest: largest |v| of each channel (B,Hkv,D), float32, if it is known; not with
+            `smooth_v`.
+        linear: (means (B,H,D,D) in q's dtype, k_sum (B,H,D) and bias (D,) in float32): adds the
+            linear branch w means + bias with w_i = phi(q)_i k_sum_i / (phi(q) . k_sum + 1e-5).
             Needs H = Hkv.
         feature_map: phi: "softmax", "elu" (elu + 1) or "relu".
 
@@ -71,13 +80,16 @@ def quantized_attention(
     _check_tensors(q, k, v)
     _check_choices(q, block_q, block_k, pv)
     _check_map(q, k, indices, counts, block_q, causal)
-    kv, k_sum, bias = _check_linear(q, k, linear, feature_map)
+    _check_known(k, k_mean, v_largest, smooth_k, smooth_v)
+    means, k_sum, bias = _check_linear(q, k, linear, feature_map)
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if factor <= 0:  # the row maximum is taken before scaling
         raise ValueError(f"scale must be above zero, got {scale}")
+    if pv_threshold is not None and pv_threshold <= 0:
+        raise ValueError(f"pv_threshold must be above zero, got {pv_threshold}")
     return _quantized_attention(
-        q, k, v, indices, counts, kv, k_sum, bias,
-        block_q, block_k, factor, causal, pv, smooth_k, smooth_v, feature_map,
+        q, k, v, indices, counts, means, k_sum, bias, k_mean, v_largest,
+        block_q, block_k, factor, causal, pv, pv_threshold, smooth_k, smooth_v, feature_map,
     )  # fmt: skip
 
 
@@ -88,37 +100,40 @@ def fastest_pv(device: torch.device, block_k: int = 64) -> str:
     return "fp8" if torch.cuda.get_device_capability(device) >= (8, 9) else "fp16"
 
 
-@torch.library.custom_op("turbodit::quantized_attention", mutates_args=())
+@custom_op("turbodit::quantized_attention")
 def _quantized_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     indices: torch.Tensor | None,
     counts: torch.Tensor | None,
-    kv: torch.Tensor | None,
+    means: torch.Tensor | None,
     k_sum: torch.Tensor | None,
     bias: torch.Tensor | None,
+    k_mean: torch.Tensor | None,
+    v_largest: torch.Tensor | None,
     block_q: int,
     block_k: int,
     scale: float,
     causal: bool,
     pv: str,
+    pv_threshold: float | None,
     smooth_k: bool,
     smooth_v: bool,
     feature_map: str,
 ) -> torch.Tensor:
     linear = None
-    if kv is not None and k_sum is not None and bias is not None:
-        linear = (kv, k_sum, bias)
+    if means is not None and k_sum is not None and bias is not None:
+        linear = (means, k_sum, bias)
     run = reference.quantized_attention
     if q.is_cuda:
         from turbodit.kernels.quantized_attention import triton
 
         run = triton.quantized_attention
     return run(
-        q, k, v, indices, counts, linear,
+        q, k, v, indices, counts, linear, k_mean, v_largest,
         block_q=block_q, block_k=block_k, scale=scale, causal=causal, pv=pv,
-        smooth_k=smooth_k, smooth_v=smooth_v, feature_map=feature_map,
+        pv_threshold=pv_threshold, smooth_k=smooth_k, smooth_v=smooth_v, feature_map=feature_map,
     )  # fmt: skip
 
 
@@ -192,6 +207,24 @@ def _check_map(
         raise ValueError(f"counts must be int32 {blocks}, got {counts.dtype} {tuple(counts.shape)}")
 
 
+def _check_known(
+    k: torch.Tensor,
+    k_mean: torch.Tensor | None,
+    v_largest: torch.Tensor | None,
+    smooth_k: bool,
+    smooth_v: bool,
+) -> None:
+    shape = (k.shape[0], k.shape[2], k.shape[3])
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    for name, x in (("k_mean", k_mean), ("v_largest", v_largest)):
+        if x is not None and (x.shape != shape or x.dtype != dtype):
+            raise ValueError(f"{name} must be {dtype} {shape}, got {x.dtype} {tuple(x.shape)}")
+    if k_mean is not None and not smooth_k:
+        raise ValueError("k_mean without smooth_k")
+    if v_largest is not None and smooth_v:
+        raise ValueError("v_largest is not that of V without its mean: not with smooth_v")
+
+
 def _check_linear(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -206,12 +239,12 @@ def _check_linear(
             f"unknown feature map {feature_map!r}; supported: {', '.join(FEATURE_MAPS)}"
         )
     batch, _, heads, dim = q.shape
-    kv, k_sum, bias = linear
+    means, k_sum, bias = linear
     wanted = ((batch, heads, dim, dim), (batch, heads, dim), (dim,))
-    if k.shape[2] != heads or (kv.shape, k_sum.shape, bias.shape) != wanted:
+    if k.shape[2] != heads or (means.shape, k_sum.shape, bias.shape) != wanted:
         raise ValueError(
             f"linear must be of shapes {wanted} for as many heads in k as in q; got "
-            f"{tuple(kv.shape)}, {tuple(k_sum.shape)}, {tuple(bias.shape)} and k of "
+            f"{tuple(means.shape)}, {tuple(k_sum.shape)}, {tuple(bias.shape)} and k of "
             f"{k.shape[2]} heads"
         )
-    return kv, k_sum, bias
+    return means, k_sum, bias

@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from turbodit.kernels.linear_attention.reference import linear_output
+from turbodit.kernels.linear_attention.reference import linear_branch
 
 INT8_MAX = 127.0
 FP8_MAX = 448.0
@@ -44,20 +44,25 @@ def quantized_attention(
     indices: torch.Tensor | None,
     counts: torch.Tensor | None,
     linear: Linear | None,
+    k_mean: torch.Tensor | None,
+    v_largest: torch.Tensor | None,
     *,
     block_q: int,
     block_k: int,
     scale: float,
     causal: bool,
     pv: str,
+    pv_threshold: float | None,
     smooth_k: bool,
     smooth_v: bool,
     feature_map: str,
 ) -> torch.Tensor:
     """As `turbodit.kernels.quantized_attention.quantized_attention`, all arguments given."""
     rows, row_scale = quantize_queries(q, scale)
-    keys, key_scale = quantize_keys(k, block_k, smooth_k)
-    values, value_scale, mean = quantize_values(v, pv, smooth_v)
+    if smooth_k and k_mean is None:
+        k_mean = _heads_first(k).mean(2)
+    keys, key_scale = quantize_keys(k, block_k, k_mean)
+    values, value_scale, mean = quantize_values(v, pv, smooth_v, v_largest)
     rows = rows * row_scale
     group = q.shape[2] // k.shape[2]
     keys, values, value_scale, mean = (
@@ -74,12 +79,11 @@ def quantized_attention(
             row = torch.arange(rows.shape[2], device=q.device)[here, None]
             position = torch.where(position <= row, position, -1)
         sees_any = (position >= 0).any(-1, keepdim=True)
-        average = _attend(rows[:, :, here], k_m, v_m, position, pv)
+        average = _attend(rows[:, :, here], k_m, v_m, position, pv, block_k, pv_threshold)
         out[:, :, here] = average * value_scale + mean * sees_any
     out = out.transpose(1, 2)
     if linear is not None:
-        kv, k_sum, bias = linear
-        out = out + linear_output(q.to(out.dtype), kv, k_sum, feature_map) + bias
+        out = out + linear_branch(q.to(out.dtype), *linear, feature_map)
     return out.to(q.dtype).contiguous()
 
 
@@ -90,29 +94,40 @@ def quantize_queries(q: torch.Tensor, factor: float) -> tuple[torch.Tensor, torc
     return _rounded(rows / scale, "int8"), scale * factor
 
 
-def quantize_keys(k: torch.Tensor, block_k: int, smooth: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """k (B,L,H,D) -> integers (B,H,Mk,block_k,D), zero past the end, and scales (B,H,Mk,1,1)."""
+def quantize_keys(
+    k: torch.Tensor, block_k: int, mean: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """k (B,L,H,D), less mean (B,H,D) -> integers (B,H,Mk,block_k,D), zero past the end, and
+    scales (B,H,Mk,1,1)."""
     rows = _heads_first(k)
-    if smooth:
-        rows = rows - rows.mean(2, keepdim=True)
+    if mean is not None:
+        rows = rows - mean[:, :, None]
     blocks = _blocks(rows, block_k)
     scale = _scale(blocks.abs().amax((-2, -1), keepdim=True), INT8_MAX)
     return _rounded(blocks / scale, "int8"), scale
 
 
 def quantize_values(
-    v: torch.Tensor, pv: str, smooth: bool
+    v: torch.Tensor, pv: str, smooth: bool, largest: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """v (B,L,H,D) -> rounded values (B,H,L,D), scales (B,H,1,D), mean (B,H,1,D) or zeros."""
+    """v (B,L,H,D), largest |v| (B,H,D) if known -> rounded values (B,H,L,D), scales (B,H,1,D),
+    mean (B,H,1,D) or zeros."""
     rows = _heads_first(v)
     mean = rows.mean(2, keepdim=True) if smooth else torch.zeros_like(rows[:, :, :1])
     rows = rows - mean
-    scale = _scale(rows.abs().amax(2, keepdim=True), V_MAX[pv])
+    largest = rows.abs().amax(2) if largest is None else largest
+    scale = _scale(largest[:, :, None], V_MAX[pv])
     return _rounded(rows / scale, pv), scale, mean
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor, pv: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position: torch.Tensor,
+    pv: str,
+    block_k: int,
+    pv_threshold: float | None,
 ) -> torch.Tensor:
     """Softmax attention of one query block, P rounded; keys at position -1 are not seen.
 
@@ -122,8 +137,18 @@ def _attend(
     scores = (q @ k.mT).masked_fill(position < 0, -torch.inf)
     largest = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     p = (scores - largest).exp()
+    if pv_threshold is not None:
+        p = p.masked_fill(_faint(scores, block_k, pv_threshold), 0)
     total = p.sum(-1, keepdim=True)
     return _rounded(p * V_MAX[pv], pv) @ v / (total.clamp(min=TINY) * V_MAX[pv])
+
+
+def _faint(scores: torch.Tensor, block_k: int, threshold: float) -> torch.Tensor:
+    """Which scores (...,n) a row leaves out: those of blocks whose largest is more than
+    `threshold` under the largest of all blocks before (SpargeAttention, section 3.4)."""
+    block_largest = scores.unflatten(-1, (-1, block_k)).amax(-1)
+    before = F.pad(block_largest.cummax(-1).values[..., :-1], (1, 0), value=-torch.inf)
+    return (block_largest < before - threshold).repeat_interleave(block_k, -1)
 
 
 def _gather(

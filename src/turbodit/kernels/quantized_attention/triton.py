@@ -1,7 +1,7 @@
 """Quantised attention on a GPU; `reference` says what is computed.
 
-Three passes: column statistics of K and V, quantised copies of q, k and v, attention. The
-time goes into the attention loop, so whatever can leave it has left it:
+Three passes: column statistics of K and V, quantised copies of both, attention, which quantises
+its own rows of q. The time goes into the attention loop, so whatever can leave it has left it:
 
 - Copies of K and V are whole blocks, zeros past the end, each block contiguous: the loop loads
   without masks and knows no strides.
@@ -17,8 +17,8 @@ time goes into the attention loop, so whatever can leave it has left it:
   P V is summed by itself and added in float32, in the multiplication that rescales the sum.
 
 Shapes: B batch, H heads (Hkv of k and v), Lq/Lk length, D head dimension, Mq/Mk number of
-query/key blocks. Copies: q (B,H,L,D) with L rounded up, k (B,Hkv,Mk,block_k,D),
-v (B,Hkv,Mk,block_k,D) in float16 or (B,Hkv,Mk,D,block_k) in fp8.
+query/key blocks. Copies: k (B,Hkv,Mk,block_k,D), v (B,Hkv,Mk,block_k,D) in float16 or
+(B,Hkv,Mk,D,block_k) in fp8.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turbodit.kernels.linear_attention.reference import EPS
+from turbodit.kernels.linear_attention.triton import add_linear_branch
 from turbodit.kernels.quantized_attention.reference import INT8_MAX, TINY, V_MAX, Linear
 
 
@@ -54,12 +54,10 @@ LAUNCH = {
 }
 # Other devices have 99 KiB of shared memory.
 SMALL_LAUNCH = Launch(64, 2)
-# Rows that one program of the statistics reads, and at a time.
-CHUNK, TILE = 512, 32
+# Rows that one program of the statistics reads, and at a time; channels that one puts together.
+CHUNK, TILE, DIMS = 512, 128, 32
 
 LOG2_E = 1.4426950408889634
-_LOG2_E = tl.constexpr(LOG2_E)
-_EPS = tl.constexpr(EPS)
 _TINY = tl.constexpr(TINY)
 _INT8_MAX = tl.constexpr(INT8_MAX)
 _LOG2_FP8_MAX = tl.constexpr(8.807354922057604)
@@ -80,16 +78,18 @@ def _statistics_kernel(
     CHUNK: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Sum, minimum and maximum of each channel over CHUNK rows of one head."""
+    ROWS: tl.constexpr = 16  # that the threads cover side by side: each keeps to its own
     chunk, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    total = tl.zeros((TILE, D), tl.float32)
-    lowest = tl.full((TILE, D), float("inf"), tl.float32)
-    highest = tl.full((TILE, D), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS, D), tl.float32)
+    lowest = tl.full((ROWS, D), float("inf"), tl.float32)
+    highest = tl.full((ROWS, D), float("-inf"), tl.float32)
     for first in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, length), TILE):
         rows = first + tl.arange(0, TILE)
         x, real = _rows(x_ptr, rows, length, batch, head, stride_b, stride_l, stride_h, D)
-        total += x
-        lowest = tl.minimum(lowest, tl.where(real, x, float("inf")))
-        highest = tl.maximum(highest, tl.where(real, x, float("-inf")))
+        low, high = tl.where(real, x, float("inf")), tl.where(real, x, float("-inf"))
+        total += tl.sum(tl.reshape(x, (TILE // ROWS, ROWS, D)), axis=0)
+        lowest = tl.minimum(lowest, tl.min(tl.reshape(low, (TILE // ROWS, ROWS, D)), axis=0))
+        highest = tl.maximum(highest, tl.max(tl.reshape(high, (TILE // ROWS, ROWS, D)), axis=0))
     out = ((batch * tl.num_programs(1) + head) * tl.num_programs(0) + chunk) * D + tl.arange(0, D)
     tl.store(sum_ptr + out, tl.sum(total, axis=0))
     tl.store(min_ptr + out, tl.min(lowest, axis=0))
@@ -99,14 +99,14 @@ def _statistics_kernel(
 @triton.jit
 def _combine_kernel(
     sum_ptr, min_ptr, max_ptr, mean_ptr, scale_ptr, chunks, length, limit,
-    TILE: tl.constexpr, D: tl.constexpr, SMOOTH: tl.constexpr,
+    TILE: tl.constexpr, DIMS: tl.constexpr, D: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """Mean of each channel of one head; scale that takes |x|, or |x - mean|, up to `limit`."""
+    """Mean of DIMS channels of one head; scale that takes |x|, or |x - mean|, up to `limit`."""
     head_index = tl.program_id(0)
-    dims = tl.arange(0, D)
-    total = tl.zeros((TILE, D), tl.float32)
-    lowest = tl.full((TILE, D), float("inf"), tl.float32)
-    highest = tl.full((TILE, D), float("-inf"), tl.float32)
+    dims = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
+    total = tl.zeros((TILE, DIMS), tl.float32)
+    lowest = tl.full((TILE, DIMS), float("inf"), tl.float32)
+    highest = tl.full((TILE, DIMS), float("-inf"), tl.float32)
     for first in range(0, chunks, TILE):
         rows = first + tl.arange(0, TILE)[:, None]
         offsets, real = (head_index * chunks + rows) * D + dims[None, :], rows < chunks
@@ -132,29 +132,23 @@ def _to_int8(x):
 
 
 @triton.jit
-def _quantize_int8_kernel(
-    x_ptr, mean_ptr, out_ptr, scale_ptr, length, factor, stride_b, stride_l, stride_h,
-    ROWS: tl.constexpr, D: tl.constexpr, SCALE_PER_ROW: tl.constexpr,
+def _quantize_keys_kernel(
+    k_ptr, mean_ptr, out_ptr, scale_ptr, length, stride_b, stride_l, stride_h,
+    BLOCK_K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """int8 copy of ROWS rows of one head, minus the mean if there is one."""
+    """int8 copy of one block of K, minus the mean if there is one, and its scale."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head_index = batch * tl.num_programs(1) + head
-    dims, rows = tl.arange(0, D), block * ROWS + tl.arange(0, ROWS)
-    x, real = _rows(x_ptr, rows, length, batch, head, stride_b, stride_l, stride_h, D)
+    dims, keys = tl.arange(0, D), tl.arange(0, BLOCK_K)
+    rows = block * BLOCK_K + keys
+    k, real = _rows(k_ptr, rows, length, batch, head, stride_b, stride_l, stride_h, D)
     if mean_ptr is not None:
-        x = tl.where(real, x - tl.load(mean_ptr + head_index * D + dims)[None, :], 0.0)
-    largest = tl.max(tl.abs(x), axis=1)
+        k = tl.where(real, k - tl.load(mean_ptr + head_index * D + dims)[None, :], 0.0)
+    scale = tl.maximum(tl.max(tl.max(tl.abs(k), axis=1), axis=0), _TINY) / _INT8_MAX
     index = (head_index * tl.num_programs(0) + block).to(tl.int64)
-    if SCALE_PER_ROW:
-        scale = tl.maximum(largest, _TINY) / _INT8_MAX
-        tl.store(scale_ptr + index * ROWS + tl.arange(0, ROWS), scale * factor)
-        x = x * (1 / scale)[:, None]
-    else:
-        scale = tl.maximum(tl.max(largest, axis=0), _TINY) / _INT8_MAX
-        tl.store(scale_ptr + index, scale * factor)
-        x = x * (1 / scale)
-    offsets = (index * ROWS + tl.arange(0, ROWS)[:, None]) * D + dims[None, :]
-    tl.store(out_ptr + offsets, _to_int8(x))
+    tl.store(scale_ptr + index, scale)
+    out = out_ptr + index * BLOCK_K * D + keys[:, None] * D + dims[None, :]
+    tl.store(out, _to_int8(k * (1 / scale)))
 
 
 @triton.jit
@@ -192,79 +186,38 @@ def _quantize_values_kernel(
 
 
 @triton.jit
-def _linear_branch(
-    q_ptr, offsets, real, kv_ptr, kv_scale_ptr, k_sum_ptr, bias_ptr,
-    ROWS: tl.constexpr, D: tl.constexpr, FEATURE_MAP: tl.constexpr,
-):  # fmt: skip
-    """phi(q) kv / (phi(q) . k_sum + 1e-5) + bias for a tile of q, float32.
-
-    It walks over PART channels of phi(q) at a time, so as not to need more registers than the
-    attention loop. Softmax is divided by its sum at the end.
-    """
-    PART: tl.constexpr = 32
-    dims = tl.arange(0, D)
-    largest = tl.zeros((ROWS,), tl.float32)
-    if FEATURE_MAP == "softmax":
-        row = tl.load(q_ptr + offsets[:, None] + dims[None, :], mask=real[:, None], other=0.0)
-        largest = tl.max(row.to(tl.float32), axis=1)
-    sum_phi = tl.zeros((ROWS,), tl.float32)
-    denominator = tl.zeros((ROWS,), tl.float32)
-    numerator = tl.zeros((ROWS, D), tl.float32)
-    for first in tl.range(0, D, PART, num_stages=1):
-        part = first + tl.arange(0, PART)
-        q = tl.load(q_ptr + offsets[:, None] + part[None, :], mask=real[:, None], other=0.0)
-        q = q.to(tl.float32)
-        if FEATURE_MAP == "softmax":
-            phi = tl.exp2((q - largest[:, None]) * _LOG2_E)
-        elif FEATURE_MAP == "elu":
-            phi = tl.where(q > 0, q + 1, tl.exp2(q * _LOG2_E))
-        else:
-            phi = tl.maximum(q, 0.0)
-        sum_phi += tl.sum(phi, axis=1)
-        denominator += tl.sum(phi * tl.load(k_sum_ptr + part)[None, :], axis=1)
-        kv = tl.load(kv_ptr + part[:, None] * D + dims[None, :])
-        numerator = tl.dot(phi.to(kv.dtype), kv, numerator)
-    if FEATURE_MAP == "softmax":
-        denominator += _EPS * sum_phi
+def _add_values(p, v_pointers, acc, FP8: tl.constexpr):
+    """acc + P V of one block, added in float32."""
+    v = tl.load(v_pointers)
+    p = p.to(v.dtype)
+    if FP8:
+        ROWS: tl.constexpr = p.shape[0]
+        BLOCK_K: tl.constexpr = p.shape[1]
+        acc += tl.dot(_pair_keys(p, ROWS, BLOCK_K), v, max_num_imprecise_acc=BLOCK_K)
     else:
-        denominator += _EPS
-    bias = tl.load(bias_ptr + dims).to(tl.float32)
-    return numerator * (tl.load(kv_scale_ptr) / denominator)[:, None] + bias[None, :]
+        acc = tl.dot(p, v, acc)
+    return acc
 
 
 @triton.jit
 def _attention_kernel(
-    q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, v_mean_ptr, out_ptr,
-    indices_ptr, counts_ptr, kept,
-    exact_q_ptr, kv_ptr, kv_scale_ptr, k_sum_ptr, bias_ptr, stride_qb, stride_ql, stride_qh,
-    length_q, length_k, group,
+    q_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, v_mean_ptr, out_ptr,
+    indices_ptr, counts_ptr, kept, means_ptr, k_sum_ptr, bias_ptr,
+    factor, pv_threshold, stride_qb, stride_ql, stride_qh, length_q, length_k, group,
     D: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    CAUSAL: tl.constexpr, FP8: tl.constexpr, FEATURE_MAP: tl.constexpr,
+    CAUSAL: tl.constexpr, FP8: tl.constexpr, SKIP_PV: tl.constexpr, FEATURE_MAP: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows, which lies within one query block of the block map."""
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    tiles, heads = tl.num_programs(0), tl.num_programs(1)
+    heads = tl.num_programs(1)
     head_index = (batch * heads + head).to(tl.int64)
     blocks_k = tl.cdiv(length_k, BLOCK_K)
     rows, keys, dims = tile * TILE_Q + tl.arange(0, TILE_Q), tl.arange(0, BLOCK_K), tl.arange(0, D)
 
-    real = rows < length_q
-    out_row = (batch.to(tl.int64) * length_q + rows) * heads + head
-    out_tile = out_ptr + out_row[:, None] * D + dims[None, :]
-    if kv_ptr is not None:
-        # It waits in the output's memory: after the loop it would cost the loop registers.
-        offsets = batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-        branch = _linear_branch(
-            exact_q_ptr, offsets + rows.to(tl.int64) * stride_ql, real,
-            kv_ptr + head_index * D * D, kv_scale_ptr + head_index, k_sum_ptr + head_index * D,
-            bias_ptr, TILE_Q, D, FEATURE_MAP,
-        )  # fmt: skip
-        tl.store(out_tile, branch, mask=real[:, None])
-        tl.debug_barrier()  # other threads may read it back
-
-    q_row = head_index * tiles * TILE_Q + rows
-    q = tl.load(q_ptr + q_row[:, None] * D + dims[None, :])
-    q_scale = tl.load(q_scale_ptr + q_row)
+    q, real = _rows(q_ptr, rows, length_q, batch, head, stride_qb, stride_ql, stride_qh, D)
+    q_scale = tl.maximum(tl.max(tl.abs(q), axis=1), _TINY) / _INT8_MAX
+    q = _to_int8(q * (1 / q_scale)[:, None])
+    q_scale *= factor
     kv_head = batch * (heads // group) + head // group
     k_scale_ptr += kv_head * blocks_k
     k_ptr += kv_head.to(tl.int64) * blocks_k * BLOCK_K * D
@@ -303,22 +256,23 @@ def _attention_kernel(
                 visible &= first + keys[None, :] <= rows[:, None]
             scores = tl.where(visible, scores, float("-inf"))
         scale = q_scale * tl.load(k_scale_ptr + block)
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1) * scale)
+        block_largest = tl.max(scores, axis=1) * scale
+        new_largest = tl.maximum(largest, block_largest)
         shift = new_largest
         if FP8:
             shift = new_largest - _LOG2_FP8_MAX
         p = tl.exp2(scores * scale[:, None] - shift[:, None])
         rescale = tl.exp2(largest - new_largest)
+        if SKIP_PV:
+            faint = block_largest < largest - pv_threshold
+            p = tl.where(faint[:, None], 0.0, p)
+            # Where all rows are faint, no maximum is new: nothing to rescale either.
+            if tl.min(faint.to(tl.int32), axis=0) == 0:
+                acc = _add_values(p, v_ptr + offset + v_tile, acc * rescale[:, None], FP8)
+        else:
+            acc = _add_values(p, v_ptr + offset + v_tile, acc * rescale[:, None], FP8)
         largest = new_largest
         total = total * rescale + tl.sum(p, axis=1)
-        v = tl.load(v_ptr + offset + v_tile)
-        p = p.to(v.dtype)
-        if FP8:
-            p = _pair_keys(p, TILE_Q, BLOCK_K)
-            update = tl.dot(p, v, max_num_imprecise_acc=BLOCK_K)
-        else:
-            update = tl.dot(p, v)
-        acc = acc * rescale[:, None] + update
 
     # Rows without any key have a total of zero and stay zero.
     inverse = 1 / tl.where(total > 0, total, 1.0)
@@ -327,9 +281,15 @@ def _attention_kernel(
     if v_mean_ptr is not None:
         mean = tl.load(v_mean_ptr + kv_head * D + dims)
         out += tl.where(total[:, None] > 0, mean[None, :], 0.0)
-    if kv_ptr is not None:
-        out += tl.load(out_tile, mask=real[:, None]).to(tl.float32)
-    tl.store(out_tile, out, mask=real[:, None])
+    if means_ptr is not None:
+        first_row = batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+        first_row += tile.to(tl.int64) * TILE_Q * stride_ql
+        out = add_linear_branch(
+            out, q_ptr + first_row, stride_ql, rows < length_q, means_ptr + head_index * D * D,
+            k_sum_ptr + head_index * D, bias_ptr, 0, FEATURE_MAP, D,
+        )  # fmt: skip
+    out_row = (batch.to(tl.int64) * length_q + rows) * heads + head
+    tl.store(out_ptr + out_row[:, None] * D + dims[None, :], out, mask=real)
 
 
 def quantized_attention(
@@ -339,12 +299,15 @@ def quantized_attention(
     indices: torch.Tensor | None,
     counts: torch.Tensor | None,
     linear: Linear | None,
+    k_mean: torch.Tensor | None,
+    v_largest: torch.Tensor | None,
     *,
     block_q: int,
     block_k: int,
     scale: float,
     causal: bool,
     pv: str,
+    pv_threshold: float | None,
     smooth_k: bool,
     smooth_v: bool,
     feature_map: str,
@@ -354,67 +317,73 @@ def quantized_attention(
     length_k = k.shape[1]
     launch = _launch(q.device, dim)
     tile_q = min(block_q, launch.rows)
-    q_int, q_scale = quantize_queries(q, scale * LOG2_E, tile_q)
-    k_int, k_scale = quantize_keys(k, block_k, smooth_k)
-    values, v_scale, v_mean = quantize_values(v, block_k, pv, smooth_v)
+    if smooth_k and k_mean is None:
+        k_mean = _statistics(k, INT8_MAX, smooth=True)[0]
+    k_int, k_scale = quantize_keys(k, block_k, k_mean)
+    v_mean = None
+    if v_largest is None:
+        v_mean, v_scale = _statistics(v, V_MAX[pv], smooth_v)
+        v_mean = v_mean if smooth_v else None
+    else:
+        v_scale = v_largest.clamp(min=TINY) / V_MAX[pv]
+    values = quantize_values(v, block_k, pv, v_scale, v_mean)
+    indices, counts = _contiguous(indices), _contiguous(counts)
+    means, k_sum, bias = (_contiguous(x) for x in linear or (None,) * 3)
+    if (
+        _has_hopper_kernel(q)
+        and (block_q, block_k, pv) == (128, 64, "fp8")
+        and not causal
+        and pv_threshold is None
+        and v_mean is None
+    ):
+        from turbodit.kernels.quantized_attention import hopper
+
+        return hopper.attend(
+            q, k_int, k_scale, values, v_scale, indices, counts, means, k_sum, bias,
+            length_k, scale * LOG2_E, feature_map,
+        )  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    kv, kv_scale, k_sum, bias = _normalized(linear, q.dtype)
-    _attention_kernel[(q_int.shape[2] // tile_q, heads, batch)](
-        q_int, q_scale, k_int, k_scale, values, v_scale, v_mean, out,
-        _contiguous(indices), _contiguous(counts), 0 if indices is None else indices.shape[-1],
-        q, kv, kv_scale, k_sum, bias, *q.stride()[:3],
+    _attention_kernel[(triton.cdiv(length_q, tile_q), heads, batch)](
+        q, k_int, k_scale, values, v_scale, v_mean, out,
+        indices, counts, 0 if indices is None else indices.shape[-1], means, k_sum, bias,
+        scale * LOG2_E, (pv_threshold or 0.0) * LOG2_E, *q.stride()[:3],
         length_q, length_k, heads // k.shape[2],
         D=dim, TILE_Q=tile_q, BLOCK_Q=block_q, BLOCK_K=block_k,
-        CAUSAL=causal, FP8=pv == "fp8", FEATURE_MAP=feature_map,
+        CAUSAL=causal, FP8=pv == "fp8", SKIP_PV=pv_threshold is not None, FEATURE_MAP=feature_map,
         num_warps=tile_q // 16, num_stages=launch.stages,
         maxnreg=launch.registers if tile_q == launch.rows else None,
     )  # fmt: skip
     return out
 
 
-def quantize_queries(
-    q: torch.Tensor, factor: float, rows: int
+def quantize_keys(
+    k: torch.Tensor, block_k: int, mean: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (B,L,H,D) -> int8 (B,H,L',D), scales * factor (B,H,L'), L' the next multiple of `rows`."""
-    batch, length, heads, dim = q.shape
-    blocks = triton.cdiv(length, rows)
-    out = q.new_empty(batch, heads, blocks * rows, dim, dtype=torch.int8)
-    scale = q.new_empty(batch, heads, blocks * rows, dtype=torch.float32)
-    _quantize_int8_kernel[(blocks, heads, batch)](
-        q, None, out, scale, length, factor, *q.stride()[:3], ROWS=rows, D=dim, SCALE_PER_ROW=True
-    )
-    return out, scale
-
-
-def quantize_keys(k: torch.Tensor, block_k: int, smooth: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """k (B,L,H,D) -> int8 (B,H,Mk,block_k,D) and scales (B,H,Mk)."""
+    """k (B,L,H,D), less mean (B,H,D) -> int8 (B,H,Mk,block_k,D) and scales (B,H,Mk)."""
     batch, length, heads, dim = k.shape
     blocks = triton.cdiv(length, block_k)
     out = k.new_empty(batch, heads, blocks, block_k, dim, dtype=torch.int8)
     scale = k.new_empty(batch, heads, blocks, dtype=torch.float32)
-    mean = _statistics(k, INT8_MAX, smooth)[0] if smooth else None
-    _quantize_int8_kernel[(blocks, heads, batch)](
-        k, mean, out, scale, length, 1.0, *k.stride()[:3], ROWS=block_k, D=dim, SCALE_PER_ROW=False
+    _quantize_keys_kernel[(blocks, heads, batch)](
+        k, _contiguous(mean), out, scale, length, *k.stride()[:3], BLOCK_K=block_k, D=dim
     )
     return out, scale
 
 
 def quantize_values(
-    v: torch.Tensor, block_k: int, pv: str, smooth: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """v (B,L,H,D) -> its copy (see the top of this file), scales and mean (B,H,D) or None."""
+    v: torch.Tensor, block_k: int, pv: str, scale: torch.Tensor, mean: torch.Tensor | None
+) -> torch.Tensor:
+    """(v - mean) / scale as the copy that the top of this file speaks of; scale, mean (B,H,D)."""
     batch, length, heads, dim = v.shape
     blocks = triton.cdiv(length, block_k)
     fp8 = pv == "fp8"
     shape = (dim, block_k) if fp8 else (block_k, dim)
     dtype = torch.float8_e4m3fn if fp8 else torch.float16
     out = v.new_empty(batch, heads, blocks, *shape, dtype=dtype)
-    mean, scale = _statistics(v, V_MAX[pv], smooth)
     _quantize_values_kernel[(blocks, heads, batch)](
-        v, mean if smooth else None, scale, out, length, *v.stride()[:3],
-        BLOCK_K=block_k, D=dim, FP8=fp8,
-    )  # fmt: skip
-    return out, scale, mean if smooth else None
+        v, mean, scale, out, length, *v.stride()[:3], BLOCK_K=block_k, D=dim, FP8=fp8
+    )
+    return out
 
 
 def _statistics(x: torch.Tensor, limit: float, smooth: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -423,13 +392,24 @@ def _statistics(x: torch.Tensor, limit: float, smooth: bool) -> tuple[torch.Tens
     chunks = triton.cdiv(length, CHUNK)
     parts = x.new_empty(3, batch, heads, chunks, dim, dtype=torch.float32)
     _statistics_kernel[(chunks, heads, batch)](
-        x, *parts, length, *x.stride()[:3], CHUNK=CHUNK, TILE=TILE, D=dim
+        x, *parts, length, *x.stride()[:3], CHUNK=CHUNK, TILE=TILE, D=dim, num_warps=8
     )
     mean, scale = x.new_empty(2, batch, heads, dim, dtype=torch.float32)
-    _combine_kernel[(batch * heads,)](
-        *parts, mean, scale, chunks, length, limit, TILE=TILE, D=dim, SMOOTH=smooth
+    _combine_kernel[(batch * heads, triton.cdiv(dim, DIMS))](
+        *parts, mean, scale, chunks, length, limit, TILE=TILE, DIMS=DIMS, D=dim, SMOOTH=smooth
     )
     return mean, scale
+
+
+def _has_hopper_kernel(q: torch.Tensor) -> bool:
+    """Whether `hopper` can attend to q: it needs the GPU, the head dimension and Triton 3.6."""
+    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    return (
+        q.is_cuda
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        and q.shape[-1] == 128
+        and version >= (3, 6)
+    )
 
 
 def _launch(device: torch.device, dim: int) -> Launch:
@@ -437,18 +417,6 @@ def _launch(device: torch.device, dim: int) -> Launch:
         return SMALL_LAUNCH
     major, minor = torch.cuda.get_device_capability(device)
     return LAUNCH.get((10 * major + minor, dim), SMALL_LAUNCH)
-
-
-def _normalized(linear: Linear | None, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
-    """kv in `dtype`, its scales (B,H), k_sum and bias, or four times None.
-
-    kv grows with the length of the sequence and may pass float16's range.
-    """
-    if linear is None:
-        return None, None, None, None
-    kv, k_sum, bias = linear
-    scale = kv.abs().amax((-2, -1), keepdim=True).clamp(min=TINY)
-    return (kv / scale).to(dtype).contiguous(), scale, k_sum.contiguous(), bias.contiguous()
 
 
 def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:

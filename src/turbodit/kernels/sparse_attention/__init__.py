@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from turbodit.kernels import HEAD_DIMS
+from turbodit.kernels import HEAD_DIMS, custom_op
 from turbodit.kernels.block_map import check_indices
 from turbodit.kernels.linear_attention import FEATURE_MAPS
 from turbodit.kernels.sparse_attention import reference
 
 __all__ = ["LinearBranch", "sparse_attention", "sparse_attention_forward"]
 
-# (kv (B,H,D,D) float32, k_sum (B,H,D) float32, bias (D,) float32)
+# (means (B,H,D,D) in dtype of q, k_sum (B,H,D) float32, bias (D,) float32)
 LinearBranch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 BLOCKS_Q = (16, 32, 64, 128)
@@ -54,8 +54,10 @@ def sparse_attention(
             block that keeps none gets zeros.
         block_q, block_k: rows of a block of queries (16, 32, 64 or 128) and of keys (16, 32 or 64).
         scale: of the scores, positive; 1/sqrt(D) if not given.
-        linear: kv (B,H,D,D), k_sum (B,H,D) and bias (D,), float32: adds the linear branch
-            phi(q) kv / (phi(q) . k_sum + 1e-5) + bias. Not differentiable.
+        linear: means (B,H,D,D) in q's dtype, k_sum (B,H,D) and bias (D,) float32: adds the
+            linear branch w means + bias, w_i = phi(q)_i k_sum_i / (phi(q) . k_sum + 1e-5), where
+            row i of means is a mean of values weighted by phi(k)_i and k_sum is sum phi(k).
+            Not differentiable.
         feature_map: phi: "softmax" over D, "elu" (elu + 1) or "relu".
 
     Returns:
@@ -108,7 +110,7 @@ def sparse_attention_forward(
     )
 
 
-@torch.library.custom_op("turbodit::sparse_attention", mutates_args=())
+@custom_op("turbodit::sparse_attention")
 def _sparse_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -118,17 +120,17 @@ def _sparse_attention(
     block_q: int,
     block_k: int,
     scale: float,
-    kv: torch.Tensor | None,
+    means: torch.Tensor | None,
     k_sum: torch.Tensor | None,
     bias: torch.Tensor | None,
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _implementation(q).forward(
-        q, k, v, indices, counts, block_q, block_k, scale, kv, k_sum, bias, feature_map
+        q, k, v, indices, counts, block_q, block_k, scale, means, k_sum, bias, feature_map
     )
 
 
-@torch.library.custom_op("turbodit::sparse_attention_backward", mutates_args=())
+@custom_op("turbodit::sparse_attention_backward")
 def _sparse_attention_backward(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -245,9 +247,9 @@ def _check_linear(q: torch.Tensor, linear: LinearBranch | None, feature_map: str
     batch, _, heads, dim = q.shape
     shapes = tuple(tuple(x.shape) for x in linear)
     expected = ((batch, heads, dim, dim), (batch, heads, dim), (dim,))
-    dtype = _statistics(q)
-    if shapes != expected or any(x.dtype != dtype for x in linear):
+    dtypes = [q.dtype, _statistics(q), _statistics(q)]
+    if shapes != expected or [x.dtype for x in linear] != dtypes:
         raise ValueError(
-            f"linear must be (kv, k_sum, bias), {dtype} of shapes {expected}; got "
+            f"linear must be (means, k_sum, bias) of shapes {expected} and {dtypes}; got "
             f"{shapes}, {[x.dtype for x in linear]}"
         )

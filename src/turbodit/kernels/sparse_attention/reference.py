@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from turbodit.kernels.linear_attention.reference import linear_output
+from turbodit.kernels.linear_attention.reference import linear_branch
 
 _GATHERED_ELEMENTS = 2**19  # of k at a time: 2 MiB in float32
 
@@ -50,7 +50,7 @@ def forward(
     block_q: int,
     block_k: int,
     scale: float,
-    kv: torch.Tensor | None = None,
+    means: torch.Tensor | None = None,
     k_sum: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     feature_map: str = "softmax",
@@ -58,20 +58,22 @@ def forward(
     """q (B,Lq,H,D), k and v (B,Lk,H,D) -> out (B,Lq,H,D) in q's dtype, lse (B,H,Lq).
 
     indices (B,H,Mq,N) and counts (B,H,Mq) or None; a block of queries without any key block gets
-    zeros and -inf. With kv (B,H,D,D), k_sum (B,H,D) and bias (D,) the linear branch
-    phi(q) kv / (phi(q) . k_sum + 1e-5) + bias is added.
+    zeros and -inf. With means (B,H,D,D), k_sum (B,H,D) and bias (D,) `linear_branch` is added.
     """
     q_blocks, k_blocks, v_blocks = _blocks(q, block_q), _blocks(k, block_k), _blocks(v, block_k)
     out_blocks, lse_blocks = torch.empty_like(q_blocks), torch.empty_like(q_blocks[..., 0])
     for part in _parts(indices, counts, k.shape[1], block_k, k.shape[3]):
-        keys, values = (x[part.head][part.key_blocks].flatten(1, 2) for x in (k_blocks, v_blocks))
+        keys, values = (_gather(x[part.head], part.key_blocks) for x in (k_blocks, v_blocks))
         scores = _scores(q_blocks[part.head, part.blocks], keys, scale, part.hidden)
-        lse = scores.logsumexp(dim=-1)
-        lse_blocks[part.head, part.blocks] = lse
-        out_blocks[part.head, part.blocks] = _weights(scores, lse) @ values
+        # The largest weight of a row is one, or zero where there is no key at all.
+        highest = scores.amax(dim=-1)
+        weights = _weights(scores, highest)
+        total = weights.sum(dim=-1)
+        lse_blocks[part.head, part.blocks] = total.log() + highest
+        out_blocks[part.head, part.blocks] = weights @ values / total.clamp(min=1)[..., None]
     out = _rows(out_blocks, q)
-    if kv is not None and k_sum is not None and bias is not None:
-        out += linear_output(q.to(out.dtype), kv, k_sum, feature_map) + bias
+    if means is not None and k_sum is not None and bias is not None:
+        out += linear_branch(q, means, k_sum, bias, feature_map)
     lse = lse_blocks.flatten(1)[:, : q.shape[1]].unflatten(0, (q.shape[0], q.shape[2]))
     return out.to(q.dtype), lse.contiguous()
 
@@ -96,7 +98,7 @@ def backward(
     grad_q, grad_k, grad_v = map(torch.zeros_like, (q_blocks, k_blocks, v_blocks))
     for part in _parts(indices, counts, k.shape[1], block_k, k.shape[3]):
         head, blocks = part.head, part.blocks
-        keys, values = (x[head][part.key_blocks].flatten(1, 2) for x in (k_blocks, v_blocks))
+        keys, values = (_gather(x[head], part.key_blocks) for x in (k_blocks, v_blocks))
         queries, slope = q_blocks[head, blocks], grad_blocks[head, blocks]
         weights = _weights(_scores(queries, keys, scale, part.hidden), lse_blocks[head, blocks])
         along_out = (slope * out_blocks[head, blocks]).sum(-1, keepdim=True)
@@ -133,6 +135,11 @@ def _parts(
             yield _Gathered(head, blocks, key_blocks, hidden)
 
 
+def _gather(blocks: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """Blocks (M, block, D) at `which` (n, N) -> (n, N * block, D), copied whole."""
+    return blocks.index_select(0, which.flatten()).view(len(which), -1, blocks.shape[-1])
+
+
 def _scores(
     queries: torch.Tensor, keys: torch.Tensor, scale: float, hidden: torch.Tensor | None
 ) -> torch.Tensor:
@@ -141,9 +148,9 @@ def _scores(
     return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
 
 
-def _weights(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """softmax of the scores, in their place; zeros where there is no key at all."""
-    return scores.sub_(lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp_()
+def _weights(scores: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """exp(scores - level), in place of the scores; zeros where there is no key at all."""
+    return scores.sub_(level.masked_fill(level == -torch.inf, 0)[..., None]).exp_()
 
 
 def _add_to_blocks(blocks: torch.Tensor, which: torch.Tensor, values: torch.Tensor) -> None:

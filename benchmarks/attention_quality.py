@@ -1,0 +1,118 @@
+"""What attention back-ends change in SpriteWan's videos: same prompts, same noise.
+
+    python benchmarks/attention_quality.py
+    python benchmarks/attention_quality.py --device cpu --clips 2 --steps 4   # to see that it runs
+
+For each back-end: PSNR of its videos against those of `sdpa` (mean and worst clip), and the
+share of clips, in percent, in which the judge finds the object, the motion and the background
+of the prompt. Another exact back-end, `sdpa-math`, shows what rounding alone changes.
+
+Writes `<out>/<date>-<device>-attention-quality.json` and prints a table in markdown.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from turbodit.pipeline import Pipeline
+from turbodit.spritewan import evaluate
+from turbodit.spritewan.judge import load_judge
+from turbodit.spritewan.train_vae import decibels
+from turbodit.spritewan.world import HELD_OUT, scene
+
+BASELINE = "sdpa"
+# Settings of each; its first word names the back-end.
+CONTENDERS: dict[str, dict[str, Any]] = {
+    BASELINE: {},
+    "sdpa-math": {},
+    "sage": {},
+    "sparge 0.75": {"ratio": 0.75},
+    "sparge 0.5": {"ratio": 0.5},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    out: Path = Path("benchmarks/results")
+    device: str = "cuda"
+    clips: int = 256
+    steps: int = 20
+    seed: int = 0
+    batch: int = 32
+
+
+def psnr(videos: torch.Tensor, baseline: torch.Tensor) -> dict[str, float]:
+    """Of each clip, uint8 (B,T,3,H,W), over all its frames: mean and worst."""
+    errors = [
+        (one.float() - other.float()).square().mean()
+        for one, other in zip(videos, baseline, strict=True)
+    ]
+    values = decibels(torch.stack(errors))
+    return {"mean_psnr": round(sum(values) / len(values), 2), "worst_psnr": round(min(values), 2)}
+
+
+def measured(options: Options) -> dict[str, dict[str, float]]:
+    scenes = [scene(HELD_OUT + index) for index in range(options.clips)]
+    settings = evaluate.Options(out=options.out, seed=options.seed, batch=options.batch)
+    judge = load_judge(device=options.device)
+    rows: dict[str, dict[str, float]] = {}
+    for name, of_attention in CONTENDERS.items():
+        pipe = Pipeline.from_pretrained(
+            "spritewan",
+            device=options.device,
+            attention=name.split()[0],
+            attention_settings=of_attention,
+        )
+        start = time.monotonic()
+        videos = evaluate.from_text(pipe, scenes, options.steps, settings)
+        seconds = round(time.monotonic() - start, 1)
+        if name == BASELINE:
+            baseline = videos
+        rows[name] = {
+            **psnr(videos, baseline),
+            **evaluate.judged(judge, videos, scenes, settings),
+            "seconds": seconds,
+        }
+    return rows
+
+
+def markdown(rows: dict[str, dict[str, float]]) -> str:
+    lines = [
+        "| | PSNR, mean | worst | object | motion | background |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        first = "| | |" if name == BASELINE else f"| {row['mean_psnr']} | {row['worst_psnr']} |"
+        judged = " | ".join(str(row[label]) for label in ("object", "motion", "background"))
+        lines.append(f"| {name} {first} {judged} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(options: Options) -> None:
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    rows = measured(options)
+    results = {
+        "device": device,
+        "torch": torch.__version__,
+        "dtype": "bfloat16" if options.device == "cuda" else "float32",
+        "clips": options.clips,
+        "steps": options.steps,
+        "seed": f"{options.seed} + clip id",
+        "results": rows,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = f"{date.today()}-{device.replace(' ', '-').lower()}-attention-quality"
+    (options.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
