@@ -8,8 +8,9 @@ differs from the portable kernel in who does what at what time:
   128 rows reads K and V half as often as two tiles of 64, which the L2 cache would bound.
 - A step takes two key blocks, so the output is rescaled half as often. The next step's Q K^T
   runs beside P V.
-- As many programs as the GPU has multiprocessors walk over the tiles: the copies for the next
-  tile come in while the last one is written.
+- Over a block map, where tiles are short, as many programs as the GPU has multiprocessors walk
+  over the tiles: the copies for the next tile come in while the last one is written. Dense
+  tiles are long, and left to the GPU to hand out.
 - int8 products are added onto integers that are the bits of the float 1.5 * 2^23. Their sums are
   the bits of floats already, and the softmax subtracts that number in its own multiplication:
   no conversion.
@@ -390,8 +391,10 @@ def attend(
     batch, length_q, heads, _ = q.shape
     tiles = batch * heads * triton.cdiv(length_q, BLOCK_Q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
-    _attention_kernel[(min(tiles, programs),)](
+    programs = tiles
+    if indices is not None:
+        programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    _attention_kernel[(programs,)](
         q, _described(k, [BLOCK_K, D]), k_scale, _described(v, [D, BLOCK_K]), v_scale, out,
         indices, counts, 0 if indices is None else indices.shape[-1],
         None if means is None else _described(means, [D, D]), k_sum, bias,
