@@ -54,6 +54,15 @@ def test_top_k_keeps_the_blocks_that_matter() -> None:
 
 
 @pytest.mark.parametrize("attend", [sparge_attn_topk, sparge_attn_cdf])
+def test_faint_blocks_are_left_out_on_request(attend) -> None:
+    q, k, v = clustered()
+    every = attend(q, k, v, 1.0, **BLOCKS)
+    # Scores of the own block are about 10 here, and of others about 0.
+    assert 0 < relative_error(attend(q, k, v, 1.0, pv_threshold=5.0, **BLOCKS), every) < 0.01
+    assert torch.equal(attend(q, k, v, 1.0, pv_threshold=30.0, **BLOCKS), every)
+
+
+@pytest.mark.parametrize("attend", [sparge_attn_topk, sparge_attn_cdf])
 def test_other_head_dimensions(attend) -> None:
     q, k, v = tensors(40, 24)
     got = attend(q, k, v, 1.0, **BLOCKS)

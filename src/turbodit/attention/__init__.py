@@ -166,7 +166,7 @@ BACKENDS: dict[str, Backend] = {
         build=lambda **settings: partial(sparge_attn_topk, **settings),
         missing=_ours,
         description="SpargeAttention: block-sparse and 8-bit, without training",
-        settings=("ratio", "block_q", "block_k"),
+        settings=("ratio", "block_q", "block_k", "pv_threshold"),
         self_only=True,
     ),
     "sla": Backend(

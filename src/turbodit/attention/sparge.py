@@ -27,6 +27,7 @@ def sparge_attn_topk(
     *,
     block_q: int = 128,
     block_k: int = 64,
+    pv_threshold: float | None = None,
 ) -> torch.Tensor:
     """Attention of each query block to its best-scored share of key blocks.
 
@@ -35,6 +36,9 @@ def sparge_attn_topk(
         k, v: (B, Lk, H, D).
         ratio: top-k ratio in (0, 1]; at least one block is kept.
         block_q, block_k: rows of a block of queries and of keys.
+        pv_threshold: leave out of a row's softmax the blocks whose scores all lie this far under
+            the largest one before, and their P V where all rows of a tile do; None: leave out
+            nothing. Its cost is about exp(-pv_threshold) of the attention for each such key.
 
     Returns:
         (B, Lq, H, D), dtype of q.
@@ -48,7 +52,7 @@ def sparge_attn_topk(
     # Scores of blocks need float32 also where autocast is on.
     with torch.autocast(q.device.type, enabled=False):
         indices = select_topk(pool(q, block_q), pool(k, block_k), ratio)
-    return _attend(q, k, v, indices, None, block_q, block_k, dim)
+    return _attend(q, k, v, indices, None, block_q, block_k, pv_threshold, dim)
 
 
 def sparge_attn_cdf(
@@ -60,6 +64,7 @@ def sparge_attn_cdf(
     similarity: float = 0.6,
     block_q: int = 128,
     block_k: int = 64,
+    pv_threshold: float | None = None,
 ) -> torch.Tensor:
     """Attention of each query block to the fewest key blocks that hold a share of its attention.
 
@@ -71,7 +76,7 @@ def sparge_attn_cdf(
         k, v: (B, Lk, H, D).
         threshold: the share to reach, in (0, 1].
         similarity: in [0, 1], mean cosine of a block's rows.
-        block_q, block_k: rows of a block of queries and of keys.
+        block_q, block_k, pv_threshold: as `sparge_attn_topk`.
 
     Returns, raises: as `sparge_attn_topk`.
     """
@@ -87,7 +92,7 @@ def sparge_attn_cdf(
             always_queries=self_similarity(q, block_q) < similarity,
             scale=dim**-0.5,
         )
-    return _attend(q, k, v, indices, counts, block_q, block_k, dim)
+    return _attend(q, k, v, indices, counts, block_q, block_k, pv_threshold, dim)
 
 
 def sparge(
@@ -135,6 +140,7 @@ def _attend(
     counts: torch.Tensor | None,
     block_q: int,
     block_k: int,
+    pv_threshold: float | None,
     dim: int,
 ) -> torch.Tensor:
     """Over the kept blocks; `dim` is D before padding."""
@@ -148,5 +154,6 @@ def _attend(
         block_k=block_k,
         scale=dim**-0.5,
         pv=fastest_pv(q.device, block_k),
+        pv_threshold=pv_threshold,
     )
     return out[..., :dim]

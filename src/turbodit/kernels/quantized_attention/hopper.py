@@ -20,6 +20,8 @@ Needs Triton 3.6. Shapes: as in `triton`.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -395,24 +397,28 @@ def attend(
     if indices is not None:
         programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
     _attention_kernel[(programs,)](
-        q, _described(k, [BLOCK_K, D]), k_scale, _described(v, [D, BLOCK_K]), v_scale, out,
+        q, _described(k, (BLOCK_K, D)), k_scale, _described(v, (D, BLOCK_K)), v_scale, out,
         indices, counts, 0 if indices is None else indices.shape[-1],
-        None if means is None else _described(means, [D, D]), k_sum, bias,
+        None if means is None else _described(means, (D, D)), k_sum, bias,
         factor, *q.stride()[:3], length_q, length_k, heads, heads // k.shape[1], tiles,
         COMPUTE=COMPUTE, COPY=COPY, FEATURE_MAP=feature_map, num_warps=4, maxnreg=START,
     )  # fmt: skip
     return out
 
 
-def _described(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
+def _described(x: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
     """x as rows of block[1] elements, read in tiles of `block`."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, getattr(gl, _NAMES[x.dtype]))
-    return TensorDescriptor.from_tensor(x.view(-1, block[1]), block, layout)
+    return TensorDescriptor.from_tensor(x.view(-1, block[1]), list(block), _layout(block, x.dtype))
+
+
+@functools.cache
+def _layout(block: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _NAMES[dtype])
 
 
 _NAMES = {
-    torch.int8: "int8",
-    torch.float8_e4m3fn: "float8e4nv",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
+    torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
+    torch.float16: gl.float16,
+    torch.bfloat16: gl.bfloat16,
 }

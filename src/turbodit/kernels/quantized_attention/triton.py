@@ -57,6 +57,7 @@ SMALL_LAUNCH = Launch(64, 2)
 # Rows that one program of the statistics reads, and at a time; channels that one puts together.
 CHUNK, TILE, DIMS = 512, 128, 32
 
+TRITON_VERSION = tuple(int(x) for x in triton.__version__.split(".")[:2])
 LOG2_E = 1.4426950408889634
 _TINY = tl.constexpr(TINY)
 _INT8_MAX = tl.constexpr(INT8_MAX)
@@ -403,12 +404,11 @@ def _statistics(x: torch.Tensor, limit: float, smooth: bool) -> tuple[torch.Tens
 
 def _has_hopper_kernel(q: torch.Tensor) -> bool:
     """Whether `hopper` can attend to q: it needs the GPU, the head dimension and Triton 3.6."""
-    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
     return (
-        q.is_cuda
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        TRITON_VERSION >= (3, 6)
+        and q.is_cuda
         and q.shape[-1] == 128
-        and version >= (3, 6)
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
     )
 
 
