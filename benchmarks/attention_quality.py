@@ -81,6 +81,7 @@ def measured(options: Options) -> dict[str, dict[str, float]]:
             **evaluate.judged(judge, videos, scenes, settings),
             "seconds": seconds,
         }
+        print(f"{name}: {rows[name]}", flush=True)
     return rows
 
 
