@@ -27,15 +27,17 @@ def assert_compiles(
     architectures: tuple[int, ...] = ARCHITECTURES,
     num_warps: int = 4,
     num_stages: int = 3,
+    maxnreg: int | None = None,
 ) -> dict[int, dict[str, int]]:
     """Compile one kernel for each of `architectures` and check that it fits their memory.
 
     Args:
         module: where the kernel is, e.g. "turbodit.kernels.block_map.triton".
-        kernel: name of the `triton.jit` function in it.
+        kernel: name of the `triton.jit` or `gluon.jit` function in it.
         signature: Triton type of every argument: "*fp16", "*bf16", "*fp32", "*i8",
             "*fp8e4nv", "*i32", "i32", "i64", "fp32", ...; "i32:16" is an integer that 16 divides,
-            as strides mostly are. Pointers are taken as aligned. Leave out `constexprs`.
+            as strides mostly are; "tensordesc<bf16[64, 128]>" is what TMA reads, in Gluon with
+            its layout. Pointers are taken as aligned. Leave out `constexprs`.
         constexprs: values of the constexpr arguments, by name. None stands for a pointer that
             is not given, "tl.float16" and the like for a dtype.
 
@@ -48,7 +50,7 @@ def assert_compiles(
         "signature": dict(signature),
         "constexprs": dict(constexprs),
         "architectures": architectures,
-        "options": {"num_warps": num_warps, "num_stages": num_stages},
+        "options": {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg},
     }
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
@@ -71,6 +73,7 @@ def compile_all(job: dict[str, Any]) -> dict[int, dict[str, int]]:
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     fn = getattr(importlib.import_module(job["module"]), job["kernel"])
     constexprs = {
@@ -91,6 +94,8 @@ def compile_all(job: dict[str, Any]) -> dict[int, dict[str, int]]:
     }
     types = {name: kind.removesuffix(":16") for name, kind in signature.items()}
     source = ASTSource(fn, types, constexprs, divisible)
+    if fn.is_gluon():
+        source = GluonASTSource(fn, types, constexprs, divisible)
     reports = {}
     for capability in job["architectures"]:
         target = GPUTarget("cuda", capability, 32)

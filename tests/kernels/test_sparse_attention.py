@@ -408,5 +408,5 @@ def test_kernels_compile(
     name = "_forward_kernel" if kernel == "linear" else f"_{kernel}_kernel"
     assert_compiles(
         "turbodit.kernels.sparse_attention.triton", name, signature(name, "bf16", constants),
-        constants, architectures, launch.num_warps, launch.num_stages,
+        constants, architectures, launch.num_warps, launch.num_stages, launch.registers,
     )  # fmt: skip
