@@ -42,6 +42,7 @@ def block_sparse_attn(
     """
     batch, _, heads, dim = q.shape
     expected = (batch, heads, -(-q.shape[1] // block_q), -(-k.shape[1] // block_k))
+    # From the last dimension on: a map may have fewer.
     if block_map.ndim > 4 or any(
         size not in (1, whole)
         for size, whole in zip(block_map.shape[::-1], expected[::-1], strict=False)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from turbodit.attention.head_dim import pad_head_dim
+from turbodit.kernels import wide
 from turbodit.kernels.block_map import pool, select_cdf, select_topk, self_similarity
 from turbodit.kernels.quantized_attention import fastest_pv, quantized_attention
 
@@ -49,9 +50,7 @@ def sparge_attn_topk(
     """
     dim = q.shape[-1]
     q, k, v = pad_head_dim(q, k, v)
-    # Scores of blocks need float32 also where autocast is on.
-    with torch.autocast(q.device.type, enabled=False):
-        indices = select_topk(pool(q, block_q), pool(k, block_k), ratio)
+    indices = select_topk(pool(q, block_q), pool(k, block_k), ratio)
     return _attend(q, k, v, indices, None, block_q, block_k, pv_threshold, dim)
 
 
@@ -82,16 +81,15 @@ def sparge_attn_cdf(
     """
     dim = q.shape[-1]
     q, k, v = pad_head_dim(q, k, v)
-    mean_k = k.mean(dim=1, dtype=torch.promote_types(k.dtype, torch.float32))
-    with torch.autocast(q.device.type, enabled=False):
-        indices, counts = select_cdf(
-            pool(q, block_q),
-            pool(k, block_k),
-            threshold,
-            always=self_similarity(k, block_k, mean_k) < similarity,
-            always_queries=self_similarity(q, block_q) < similarity,
-            scale=dim**-0.5,
-        )
+    mean_k = k.mean(dim=1, dtype=wide(k.dtype))
+    indices, counts = select_cdf(
+        pool(q, block_q),
+        pool(k, block_k),
+        threshold,
+        always=self_similarity(k, block_k, mean_k) < similarity,
+        always_queries=self_similarity(q, block_q) < similarity,
+        scale=dim**-0.5,
+    )
     return _attend(q, k, v, indices, counts, block_q, block_k, pv_threshold, dim)
 
 

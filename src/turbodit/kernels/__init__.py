@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 
 HEAD_DIMS = (64, 128)  # that the attention kernels have tiles for
+LOG2_E = math.log2(math.e)  # GPUs have exp2, not exp
+
+
+def implementation(package: str, x: torch.Tensor) -> ModuleType:
+    """An operation's kernels where x is on a GPU, else its reference; `package` is its name.
+
+    Triton is imported where it is needed: it is not on every machine.
+    """
+    return importlib.import_module(f"{package}.{'triton' if x.is_cuda else 'reference'}")
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What statistics and sums of a dtype are kept in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def custom_op(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:

@@ -13,12 +13,9 @@ float16 or bfloat16 on a GPU, where D is a power of two; on a CPU of any floatin
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 
-from turbodit.kernels import custom_op
-from turbodit.kernels.block_map import reference
+from turbodit.kernels import custom_op, implementation, wide
 
 __all__ = [
     "indices_from_map",
@@ -45,7 +42,7 @@ def pool(x: torch.Tensor, block: int) -> torch.Tensor:
         ValueError: x or the block size does not fit.
     """
     _check_rows(x, block)
-    return _implementation(x).pool(x, block)
+    return implementation(__name__, x).pool(x, block)
 
 
 @custom_op("turbodit::self_similarity")
@@ -68,7 +65,7 @@ def self_similarity(x: torch.Tensor, block: int, mean: torch.Tensor | None = Non
     expected = (x.shape[0], x.shape[2], x.shape[3])
     if mean is not None and mean.shape != expected:
         raise ValueError(f"mean has shape {tuple(mean.shape)}, expected {expected}")
-    return _implementation(x).self_similarity(x, block, mean)
+    return implementation(__name__, x).self_similarity(x, block, mean)
 
 
 def select_topk(
@@ -160,7 +157,7 @@ def indices_from_map(block_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
         raise ValueError(
             f"a block map is bool (B, H, Mq, Mk), got {block_map.dtype} {tuple(block_map.shape)}"
         )
-    return _implementation(block_map).indices_from_map(block_map)
+    return implementation(__name__, block_map).indices_from_map(block_map)
 
 
 @custom_op("turbodit::map_from_indices")
@@ -181,7 +178,7 @@ def map_from_indices(
         ValueError: other dtypes or shapes.
     """
     check_indices(indices, counts)
-    return _implementation(indices).map_from_indices(indices, counts, key_blocks)
+    return implementation(__name__, indices).map_from_indices(indices, counts, key_blocks)
 
 
 def check_indices(indices: torch.Tensor, counts: torch.Tensor | None) -> None:
@@ -199,7 +196,7 @@ def check_indices(indices: torch.Tensor, counts: torch.Tensor | None) -> None:
 
 @custom_op("turbodit::select_topk")
 def _select_topk(scores: torch.Tensor, kept: int) -> torch.Tensor:
-    return _implementation(scores).select_topk(scores, kept)
+    return implementation(__name__, scores).select_topk(scores, kept)
 
 
 @custom_op("turbodit::select_cdf")
@@ -209,19 +206,19 @@ def _select_cdf(
     always: torch.Tensor | None,
     always_queries: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _implementation(weights).select_cdf(weights, threshold, always, always_queries)
+    return implementation(__name__, weights).select_cdf(weights, threshold, always, always_queries)
 
 
 @pool.register_fake
 def _(x: torch.Tensor, block: int) -> torch.Tensor:
     blocks = (x.shape[1] + block - 1) // block
-    return x.new_empty(x.shape[0], x.shape[2], blocks, x.shape[3], dtype=_statistics(x))
+    return x.new_empty(x.shape[0], x.shape[2], blocks, x.shape[3], dtype=wide(x.dtype))
 
 
 @self_similarity.register_fake
 def _(x: torch.Tensor, block: int, mean: torch.Tensor | None = None) -> torch.Tensor:
     blocks = (x.shape[1] + block - 1) // block
-    return x.new_empty(x.shape[0], x.shape[2], blocks, dtype=_statistics(x))
+    return x.new_empty(x.shape[0], x.shape[2], blocks, dtype=wide(x.dtype))
 
 
 @_select_topk.register_fake
@@ -254,19 +251,6 @@ def _fake_indices(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return indices, rows.new_empty(rows.shape[:3], dtype=torch.int32)
 
 
-def _statistics(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _implementation(x: torch.Tensor) -> ModuleType:
-    """The kernels on a GPU, the reference elsewhere. Triton is imported where it is needed."""
-    if not x.is_cuda:
-        return reference
-    from turbodit.kernels.block_map import triton
-
-    return triton
-
-
 def _scores(
     pooled_q: torch.Tensor, pooled_k: torch.Tensor, mean_k: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -278,7 +262,9 @@ def _scores(
         )
     if mean_k is None:
         mean_k = pooled_k.mean(dim=2)
-    return pooled_q @ (pooled_k - mean_k[:, :, None]).transpose(2, 3)
+    # Rounded by autocast, they would choose other blocks.
+    with torch.autocast(pooled_q.device.type, enabled=False):
+        return pooled_q @ (pooled_k - mean_k[:, :, None]).transpose(2, 3)
 
 
 def _check_rows(x: torch.Tensor, block: int) -> None:

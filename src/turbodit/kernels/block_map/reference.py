@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from turbodit.kernels import wide
+
 
 def pool(x: torch.Tensor, block: int) -> torch.Tensor:
     """Mean of each block's rows: (B,L,H,D) -> (B,H,M,D)."""
@@ -91,4 +93,4 @@ def _rows_of_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide(x.dtype))

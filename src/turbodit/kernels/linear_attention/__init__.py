@@ -12,13 +12,11 @@ GPU; on a CPU any floating dtype.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
-from turbodit.kernels import custom_op
-from turbodit.kernels.linear_attention import reference
+from turbodit.kernels import custom_op, implementation, wide
 from turbodit.kernels.linear_attention.reference import EPS, FEATURE_MAPS
 
 __all__ = [
@@ -86,7 +84,7 @@ def key_value_sums(
     _check(feature_map, k, v)
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {_shapes(k, v)}")
-    return _implementation(k).key_value_sums(k, v, feature_map)
+    return implementation(__name__, k).key_value_sums(k, v, feature_map)
 
 
 def key_value_statistics(
@@ -116,7 +114,7 @@ def _key_value_statistics(
         )
     if block_k < 1 or (k.is_cuda and block_k not in BLOCKS_K):
         raise ValueError(f"blocks of {block_k} keys; supported on a GPU: {BLOCKS_K}")
-    return _implementation(k).key_value_statistics(k, v, weight, block_k, feature_map)
+    return implementation(__name__, k).key_value_statistics(k, v, weight, block_k, feature_map)
 
 
 @custom_op("turbodit::linear_output")
@@ -140,7 +138,7 @@ def linear_output(
         )
     if bias is not None and bias.shape != (dim,):
         raise ValueError(f"the bias must be ({dim},), got {_shapes(bias)}")
-    return _implementation(q).linear_output(q, kv, k_sum, feature_map, bias)
+    return implementation(__name__, q).linear_output(q, kv, k_sum, feature_map, bias)
 
 
 @custom_op("turbodit::key_value_sums_backward")
@@ -151,7 +149,7 @@ def _key_value_sums_backward(
     v: torch.Tensor,
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    run = _implementation(k).key_value_sums_backward
+    run = implementation(__name__, k).key_value_sums_backward
     return run(grad_kv, grad_k_sum, k, v, feature_map)
 
 
@@ -160,13 +158,13 @@ def _linear_output_backward(
     grad: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, k_sum: torch.Tensor, feature_map: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients to q, kv, k_sum and bias."""
-    return _implementation(q).linear_output_backward(grad, q, kv, k_sum, feature_map)
+    return implementation(__name__, q).linear_output_backward(grad, q, kv, k_sum, feature_map)
 
 
 @key_value_sums.register_fake
 def _(k: torch.Tensor, v: torch.Tensor, feature_map: str) -> tuple[torch.Tensor, torch.Tensor]:
     batch, _, heads, dim = k.shape
-    dtype = _sums(k)
+    dtype = wide(k.dtype)
     return (
         k.new_empty(batch, heads, dim, dim, dtype=dtype),
         k.new_empty(batch, heads, dim, dtype=dtype),
@@ -180,11 +178,11 @@ def _(
     batch, length, heads, dim = k.shape
     blocks = (length + block_k - 1) // block_k
     return (
-        k.new_empty(batch, heads, blocks, dim, dtype=_sums(k)),
-        k.new_empty(batch, heads, dim, dtype=_sums(k)),
-        k.new_empty(batch, heads, dim, dtype=_sums(k)),
+        k.new_empty(batch, heads, blocks, dim, dtype=wide(k.dtype)),
+        k.new_empty(batch, heads, dim, dtype=wide(k.dtype)),
+        k.new_empty(batch, heads, dim, dtype=wide(k.dtype)),
         k.new_empty(batch, heads, dim, dim),
-        k.new_empty(batch, heads, dim, dtype=_sums(k)),
+        k.new_empty(batch, heads, dim, dtype=wide(k.dtype)),
     )
 
 
@@ -241,19 +239,6 @@ def _backward_of_output(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 
 key_value_sums.register_autograd(_backward_of_sums, setup_context=_save_sums)
 linear_output.register_autograd(_backward_of_output, setup_context=_save_output)
-
-
-def _sums(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _implementation(x: torch.Tensor) -> ModuleType:
-    """The kernels on a GPU, the reference elsewhere. Triton is imported where it is needed."""
-    if not x.is_cuda:
-        return reference
-    from turbodit.kernels.linear_attention import triton
-
-    return triton
 
 
 def _check(feature_map: str, *tensors: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from turbodit.kernels import wide
 from turbodit.kernels.block_map.reference import pool
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
@@ -133,4 +134,4 @@ def _phi_backward(
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide(x.dtype))

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from turbodit.kernels import LOG2_E
 from turbodit.kernels.linear_attention.reference import EPS
 
 BLOCK_L = 64
@@ -31,7 +32,7 @@ MULTIPROCESSORS_OF_INTERPRETER = 8
 FEATURES, PARTS = 16, 8
 
 _EPS = tl.constexpr(EPS)
-_LOG2E = tl.constexpr(1.4426950408889634)
+_LOG2E = tl.constexpr(LOG2_E)
 _PARTIAL_ROWS = tl.constexpr(16)  # that the threads of a program cover side by side
 # One compiled kernel for all of them: nothing is gained from a length that 16 divides.
 _SIZES = ["length", "H", "parts"]
@@ -339,19 +340,18 @@ def _linear_output_backward_kernel(
 
 @triton.jit
 def add_linear_branch(
-    out, q_ptr, stride_ql, exists, means_ptr, k_sum_ptr, bias_ptr, first,
-    FEATURE_MAP: tl.constexpr, D: tl.constexpr,
+    out, q_ptr, stride_ql, exists, means_ptr, k_sum_ptr, bias_ptr, FEATURE_MAP: tl.constexpr,
 ):  # fmt: skip
-    """out + (w means + bias)[:, first : first + columns of out], for the epilogue of a kernel.
+    """out (rows, D) + w means + bias, for the epilogue of a kernel.
 
     `reference.linear_branch` says what w is. q_ptr is that of the first row, `exists` (rows,)
     says which rows there are; means_ptr and k_sum_ptr are those of the head. Some channels of q
     at a time: `out` fills the registers.
     """
     ROWS: tl.constexpr = out.shape[0]
-    COLUMNS: tl.constexpr = out.shape[1]
+    D: tl.constexpr = out.shape[1]
     CHUNK: tl.constexpr = 32 if D > 32 else D
-    some, columns = tl.arange(0, CHUNK), first + tl.arange(0, COLUMNS)
+    some, columns = tl.arange(0, CHUNK), tl.arange(0, D)
     q_pointers = q_ptr + (tl.arange(0, ROWS)[:, None] * stride_ql + some[None, :])
     largest = tl.full((ROWS, 1), float("-inf"), tl.float32)
     if FEATURE_MAP == "softmax":

@@ -13,9 +13,8 @@ import math
 
 import torch
 
-from turbodit.kernels import HEAD_DIMS, custom_op
+from turbodit.kernels import HEAD_DIMS, custom_op, implementation, wide
 from turbodit.kernels.linear_attention import FEATURE_MAPS
-from turbodit.kernels.quantized_attention import reference
 
 BLOCKS_Q = (16, 32, 64, 128)
 BLOCKS_K = (16, 32, 64, 128)
@@ -125,12 +124,7 @@ def _quantized_attention(
     linear = None
     if means is not None and k_sum is not None and bias is not None:
         linear = (means, k_sum, bias)
-    run = reference.quantized_attention
-    if q.is_cuda:
-        from turbodit.kernels.quantized_attention import triton
-
-        run = triton.quantized_attention
-    return run(
+    return implementation(__name__, q).quantized_attention(
         q, k, v, indices, counts, linear, k_mean, v_largest,
         block_q=block_q, block_k=block_k, scale=scale, causal=causal, pv=pv,
         pv_threshold=pv_threshold, smooth_k=smooth_k, smooth_v=smooth_v, feature_map=feature_map,
@@ -215,7 +209,7 @@ def _check_known(
     smooth_v: bool,
 ) -> None:
     shape = (k.shape[0], k.shape[2], k.shape[3])
-    dtype = torch.promote_types(k.dtype, torch.float32)
+    dtype = wide(k.dtype)
     for name, x in (("k_mean", k_mean), ("v_largest", v_largest)):
         if x is not None and (x.shape != shape or x.dtype != dtype):
             raise ValueError(f"{name} must be {dtype} {shape}, got {x.dtype} {tuple(x.shape)}")

@@ -35,8 +35,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from turbodit.kernels import LOG2_E
 from turbodit.kernels.linear_attention.reference import EPS
-from turbodit.kernels.quantized_attention.reference import INT8_MAX, TINY
+from turbodit.kernels.quantized_attention.reference import INT8_MAX, LOG2_FP8_MAX, TINY
 
 D = 128
 BLOCK_Q, BLOCK_K = 128, 64
@@ -46,8 +47,8 @@ COMPUTE, COPY, START = 240, 24, 168
 _D, _BLOCK_Q, _BLOCK_K = gl.constexpr(D), gl.constexpr(BLOCK_Q), gl.constexpr(BLOCK_K)
 _ROWS = gl.constexpr(64)  # of a warpgroup
 _STAGES = gl.constexpr(4)  # steps of two blocks, a power of two
-_LOG2_E = gl.constexpr(1.4426950408889634)
-_LOG2_FP8_MAX = gl.constexpr(8.807354922057604)
+_LOG2_E = gl.constexpr(LOG2_E)
+_LOG2_FP8_MAX = gl.constexpr(LOG2_FP8_MAX)
 _EPS, _TINY, _INT8_MAX = gl.constexpr(EPS), gl.constexpr(TINY), gl.constexpr(INT8_MAX)
 _MAGIC, _MAGIC_BITS = gl.constexpr(12582912.0), gl.constexpr(0x4B400000)
 # What a warpgroup holds: scores of one block, the output, and operands of products with K, V

@@ -21,13 +21,17 @@ query/key blocks, N kept key blocks.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
+from turbodit.kernels import wide
 from turbodit.kernels.linear_attention.reference import linear_branch
 
 INT8_MAX = 127.0
 FP8_MAX = 448.0
+LOG2_FP8_MAX = math.log2(FP8_MAX)
 # The largest magnitude that scaled values of V have, and P has, in each format.
 V_MAX = {"fp16": 1.0, "fp8": FP8_MAX}
 PV_DTYPE = {"fp16": torch.float16, "fp8": torch.float8_e4m3fn}
@@ -179,7 +183,7 @@ def _gather(
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
     """(B,L,H,D) -> (B,H,L,D), at least float32."""
-    return x.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32))
+    return x.transpose(1, 2).to(wide(x.dtype))
 
 
 def _blocks(x: torch.Tensor, block: int) -> torch.Tensor:

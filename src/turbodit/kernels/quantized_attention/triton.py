@@ -29,8 +29,15 @@ import torch
 import triton
 import triton.language as tl
 
+from turbodit.kernels import LOG2_E
 from turbodit.kernels.linear_attention.triton import add_linear_branch
-from turbodit.kernels.quantized_attention.reference import INT8_MAX, TINY, V_MAX, Linear
+from turbodit.kernels.quantized_attention.reference import (
+    INT8_MAX,
+    LOG2_FP8_MAX,
+    TINY,
+    V_MAX,
+    Linear,
+)
 
 
 class Launch(NamedTuple):
@@ -58,10 +65,9 @@ SMALL_LAUNCH = Launch(64, 2)
 CHUNK, TILE, DIMS = 512, 128, 32
 
 TRITON_VERSION = tuple(int(x) for x in triton.__version__.split(".")[:2])
-LOG2_E = 1.4426950408889634
 _TINY = tl.constexpr(TINY)
 _INT8_MAX = tl.constexpr(INT8_MAX)
-_LOG2_FP8_MAX = tl.constexpr(8.807354922057604)
+_LOG2_FP8_MAX = tl.constexpr(LOG2_FP8_MAX)
 
 
 @triton.jit
@@ -287,7 +293,7 @@ def _attention_kernel(
         first_row += tile.to(tl.int64) * TILE_Q * stride_ql
         out = add_linear_branch(
             out, q_ptr + first_row, stride_ql, rows < length_q, means_ptr + head_index * D * D,
-            k_sum_ptr + head_index * D, bias_ptr, 0, FEATURE_MAP, D,
+            k_sum_ptr + head_index * D, bias_ptr, FEATURE_MAP,
         )  # fmt: skip
     out_row = (batch.to(tl.int64) * length_q + rows) * heads + head
     tl.store(out_ptr + out_row[:, None] * D + dims[None, :], out, mask=real)
@@ -316,8 +322,6 @@ def quantized_attention(
     """As `turbodit.kernels.quantized_attention.quantized_attention`, all arguments given."""
     batch, length_q, heads, dim = q.shape
     length_k = k.shape[1]
-    launch = _launch(q.device, dim)
-    tile_q = min(block_q, launch.rows)
     if smooth_k and k_mean is None:
         k_mean = _statistics(k, INT8_MAX, smooth=True)[0]
     k_int, k_scale = quantize_keys(k, block_k, k_mean)
@@ -343,6 +347,8 @@ def quantized_attention(
             q, k_int, k_scale, values, v_scale, indices, counts, means, k_sum, bias,
             length_k, scale * LOG2_E, feature_map,
         )  # fmt: skip
+    launch = _launch(q.device, dim)
+    tile_q = min(block_q, launch.rows)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _attention_kernel[(triton.cdiv(length_q, tile_q), heads, batch)](
         q, k_int, k_scale, values, v_scale, v_mean, out,

@@ -11,15 +11,13 @@ CPU any floating dtype and D.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from turbodit.kernels import HEAD_DIMS, custom_op
+from turbodit.kernels import HEAD_DIMS, custom_op, implementation, wide
 from turbodit.kernels.block_map import check_indices
 from turbodit.kernels.linear_attention import FEATURE_MAPS
-from turbodit.kernels.sparse_attention import reference
 
 __all__ = ["LinearBranch", "sparse_attention", "sparse_attention_forward"]
 
@@ -125,7 +123,7 @@ def _sparse_attention(
     bias: torch.Tensor | None,
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _implementation(q).forward(
+    return implementation(__name__, q).forward(
         q, k, v, indices, counts, block_q, block_k, scale, means, k_sum, bias, feature_map
     )
 
@@ -144,7 +142,7 @@ def _sparse_attention_backward(
     block_k: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _implementation(q).backward(
+    return implementation(__name__, q).backward(
         grad, q, k, v, out, lse, indices, counts, block_q, block_k, scale
     )
 
@@ -152,7 +150,7 @@ def _sparse_attention_backward(
 @_sparse_attention.register_fake
 def _(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     batch, length, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=_statistics(q))
+    return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=wide(q.dtype))
 
 
 @_sparse_attention_backward.register_fake
@@ -174,19 +172,6 @@ def _backward(ctx: Any, grad: torch.Tensor, grad_lse: None) -> tuple[Any, ...]:
 
 
 _sparse_attention.register_autograd(_backward, setup_context=_save)
-
-
-def _statistics(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _implementation(x: torch.Tensor) -> ModuleType:
-    """The kernels on a GPU, the reference elsewhere. Triton is imported where it is needed."""
-    if not x.is_cuda:
-        return reference
-    from turbodit.kernels.sparse_attention import triton
-
-    return triton
 
 
 def _check_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -247,7 +232,7 @@ def _check_linear(q: torch.Tensor, linear: LinearBranch | None, feature_map: str
     batch, _, heads, dim = q.shape
     shapes = tuple(tuple(x.shape) for x in linear)
     expected = ((batch, heads, dim, dim), (batch, heads, dim), (dim,))
-    dtypes = [q.dtype, _statistics(q), _statistics(q)]
+    dtypes = [q.dtype, wide(q.dtype), wide(q.dtype)]
     if shapes != expected or [x.dtype for x in linear] != dtypes:
         raise ValueError(
             f"linear must be (means, k_sum, bias) of shapes {expected} and {dtypes}; got "

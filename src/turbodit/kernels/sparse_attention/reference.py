@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from turbodit.kernels import wide
 from turbodit.kernels.linear_attention.reference import linear_branch
 
 _GATHERED_ELEMENTS = 2**19  # of k at a time: 2 MiB in float32
@@ -160,7 +161,7 @@ def _add_to_blocks(blocks: torch.Tensor, which: torch.Tensor, values: torch.Tens
 
 def _blocks(x: torch.Tensor, block: int) -> torch.Tensor:
     """(B,L,H,D) -> (B * H, M, block, D), at least float32; zeros past the end."""
-    heads = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2).flatten(0, 1)
+    heads = x.to(wide(x.dtype)).transpose(1, 2).flatten(0, 1)
     return F.pad(heads, (0, 0, 0, -x.shape[1] % block)).unflatten(1, (-1, block)).contiguous()
 
 

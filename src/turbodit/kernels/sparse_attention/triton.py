@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from turbodit.kernels import LOG2_E
 from turbodit.kernels.block_map.triton import inverse_indices
 from turbodit.kernels.linear_attention.triton import add_linear_branch
 
@@ -33,8 +34,8 @@ try:
 except ImportError:  # Triton 3.3
     TensorDescriptor = None
 
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E = tl.constexpr(LOG2_E)
+_LN2 = tl.constexpr(1 / LOG2_E)
 _FIND_CHUNK = tl.constexpr(128)
 
 # One compiled kernel for all of them: nothing is gained from a length that 16 divides.
@@ -208,7 +209,7 @@ def _forward_kernel(
     if means_ptr is not None:
         out = add_linear_branch(
             out, q_ptr, stride_ql, query_exists, means_ptr + head.to(tl.int64) * D * D,
-            k_sum_ptr + head * D, bias_ptr, 0, FEATURE_MAP, D,
+            k_sum_ptr + head * D, bias_ptr, FEATURE_MAP,
         )  # fmt: skip
     out_ptr = _head(out_ptr, head, H, stride_ob, stride_oh) + query_start * stride_ol
     offsets = _offsets(stride_ol, BLOCK_Q, D)
