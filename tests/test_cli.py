@@ -169,6 +169,12 @@ def test_flags_people_know(pipe, flags, field, value):
         (["--dtype", "bfloat16"], "dtype", torch.bfloat16),
         (["--attention_type", "sdpa"], "attention", "sdpa"),
         (["--attention", "sla", "--sla_topk", "0.2"], "attention_settings", {"ratio": 0.2}),
+        (["--linear", "fp8"], "linear", "fp8-channel"),
+        (["--linear", "int8-block"], "linear", "int8-block"),
+        ([], "linear", None),
+        (["--residual", "bfloat16"], "residual", "bfloat16"),
+        (["--no-graph"], "graph", False),
+        ([], "graph", True),
         (["--vae-tiling"], "vae_tiling", True),
         (["--prompt-cache", "cache"], "prompt_cache", Path("cache")),
         (["--device", "cpu"], "device", "cpu"),
@@ -278,7 +284,7 @@ def test_no_space_left(pipe, capsys, monkeypatch):
 def test_out_of_memory_says_what_helps(pipe, capsys):
     pipe.error = torch.OutOfMemoryError("CUDA out of memory")
     assert main(["generate", "a fox", *SMALL]) == 2
-    assert "try --offload model" in capsys.readouterr().err
+    assert "--offload model" in capsys.readouterr().err
 
 
 def test_values_that_are_not_finite_are_one_line(pipe, capsys):

@@ -38,6 +38,7 @@ def test_findings_are_json_and_true(capsys):
     assert findings["cpu"]["memory_gib"] > 0.5
     assert set(findings["attention"]["cpu"]) == set(attention.BACKENDS)
     assert findings["attention"]["cpu"]["sdpa"]["runs"]
+    assert findings["linear"]["cpu"]["fp8-channel"]["runs"]
     assert findings["video"]["libx264"]
 
 

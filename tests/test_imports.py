@@ -18,10 +18,11 @@ LAYERS = (
     ("config", "noise_schedule", "images", "video", "kernels"),
     ("sampling", "offload", "prompt_cache", "weights", "request", "attention", "quantization"),
     ("model", "text_encoder", "image_encoder", "vae"),
-    ("checkpoints", "conditioning"),
+    ("checkpoints", "conditioning", "graph"),
     ("pipeline", "distributed"),
+    ("random_models",),
     ("batch", "training", "benchmark", "evaluation", "serving", "integrations", "recipes"),
-    ("spritewan", "doctor", "random_models"),
+    ("spritewan", "doctor"),
     ("cli",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -225,3 +226,14 @@ def test_the_cache_knows_the_vocabulary(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(type(pipe.text_encoder.tokenizer), "get_vocab", lambda self: other)
     Pipeline.from_pretrained(folder, device="cpu", prompt_cache=tmp_path)("a cat", **SMALL)
     assert len(list(tmp_path.iterdir())) == 2 * before
+
+
+def test_linear_format_that_does_not_run_is_refused_before_loading(folder, monkeypatch):
+    found = SimpleNamespace(name="NVIDIA A100", major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    message = r"linear layers in fp8 do not run on cuda: needs .* 8\.9, NVIDIA A100 has 8\.0"
+    with pytest.raises(ValueError, match=message):
+        Pipeline.from_pretrained(folder, device="cuda", linear="fp8")
+    with pytest.raises(ValueError, match="unknown 8-bit format 'int4'"):
+        Pipeline.from_pretrained(folder, device="cpu", linear="int4")

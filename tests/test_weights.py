@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from turbodit.weights import assign_weights, read_weights
+from turbodit.weights import DTYPES, assign_weights, lazy_weights, read_metadata, read_weights
 
 STATE = {"a.weight": torch.randn(16, 16), "a.bias": torch.randn(16)}
 
@@ -29,6 +29,42 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
         weights = read_weights(path)
         assert weights.keys() == STATE.keys()
         assert all(weights[name].equal(tensor) for name, tensor in STATE.items())
+
+
+EVERY_DTYPE = {f"{d}": torch.arange(12).reshape(3, 4).to(d) for d in DTYPES.values()}
+SHAPES = {"empty": torch.zeros(0, 3), "number": torch.tensor(5.0), "row": torch.arange(3.0)}
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".old.pth"])
+def test_lazy_tensors(mapped: bool, suffix: str, tmp_path: Path) -> None:
+    path, state = tmp_path / f"file{suffix}", EVERY_DTYPE | SHAPES
+    if suffix == ".old.pth":
+        state = {name: tensor for name, tensor in state.items() if "float8" not in name}
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:  # several tensors may lie in one storage, in any order
+        table = torch.randn(6, 5)
+        state |= {"column": table[:, 2], "turned": table[1:4].t(), "all": table}
+        torch.save(state, path, _use_new_zipfile_serialization=suffix == ".pth")
+
+    lazy = lazy_weights(path, mapped=mapped)
+
+    assert lazy.keys() == state.keys()
+    for name, tensor in state.items():
+        known, read = lazy[name], lazy[name].read()
+        assert (known.shape, known.dtype) == (tuple(tensor.shape), tensor.dtype)
+        assert (known.ndim, known.nbytes) == (tensor.ndim, tensor.nbytes)
+        assert read.dtype == tensor.dtype and read.float().equal(tensor.float()), name
+    if not mapped and suffix != ".old.pth":
+        assert lazy["row"].read().data_ptr() != lazy["row"].read().data_ptr()
+
+
+def test_metadata(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "a.safetensors", {"format": "pt", "x": "é"})
+    save_file(STATE, tmp_path / "b.safetensors")
+    assert read_metadata(tmp_path / "a.safetensors") == {"format": "pt", "x": "é"}
+    assert read_metadata(tmp_path / "b.safetensors") == {}
 
 
 def test_sharded_folder(tmp_path: Path) -> None:
@@ -73,8 +109,18 @@ def test_truncated_files(suffix: str, kept: float, tmp_path: Path) -> None:
     (torch.save if suffix == ".pth" else save_file)(STATE, path)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ValueError, match=f"model{suffix} is truncated"):
-        read_weights(path)
+    for read in (read_weights, lambda path: lazy_weights(path, mapped=False)):
+        with pytest.raises(ValueError, match=f"model{suffix} is truncated"):
+            read(path)
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(STATE, path)
+    weights = lazy_weights(path, mapped=False)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated"):
+        [tensor.read() for tensor in weights.values()]
 
 
 def test_something_else(tmp_path: Path) -> None:
@@ -107,3 +153,13 @@ def test_integers_keep_their_type(tmp_path: Path) -> None:
     module.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device="meta"))
     assign_weights(module, {"counts": torch.arange(3)}, tmp_path, dtype=torch.bfloat16)
     assert module.counts.tolist() == [0, 1, 2] and module.counts.dtype == torch.int64
+
+
+def test_8_bit_weights_are_not_cast(tmp_path: Path) -> None:
+    module = nn.Module()
+    values = torch.randn(3).to(torch.float8_e4m3fn)
+    module.register_buffer("values", torch.empty_like(values, device="meta"))
+    module.register_buffer("others", torch.zeros(3, device="meta"))
+    weights = {"values": values, "others": values}
+    assign_weights(module, weights, tmp_path, dtype=torch.bfloat16)
+    assert module.values is values and module.others.dtype == torch.bfloat16

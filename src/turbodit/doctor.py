@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from turbodit import __version__
+from turbodit import __version__, quantization
 from turbodit.attention import BACKENDS, available
 from turbodit.checkpoints import find_model
 
@@ -46,6 +46,7 @@ def diagnose() -> dict[str, Any]:
         "gpus": gpus,
         "no_gpu": None if gpus else _why_no_gpu(),
         "attention": {d: _attention(d) for d in ("cpu", *(gpu["device"] for gpu in gpus))},
+        "linear": {d: _linear(d) for d in ("cpu", *(gpu["device"] for gpu in gpus))},
         "embedded_model": _embedded_model(),
         "video": _video(),
     }
@@ -58,7 +59,8 @@ def show(findings: dict[str, Any], console: Console) -> None:
     )
     console.print(_packages_table(findings["packages"]))
     console.print(_devices_table(findings))
-    console.print(_attention_table(findings["attention"]))
+    console.print(_verdicts_table("Attention", "back-end", findings["attention"]))
+    console.print(_verdicts_table("8-bit linear layers", "format", findings["linear"]))
     console.print(f"Embedded model: {_embedded_line(findings['embedded_model'])}", highlight=False)
     console.print(f"Video: {_video_line(findings['video'])}", highlight=False)
 
@@ -130,6 +132,11 @@ def _attention(device: str) -> dict[str, dict[str, Any]]:
     return {name: {"runs": runs, "note": note} for name, (runs, note) in verdicts.items()}
 
 
+def _linear(device: str) -> dict[str, dict[str, Any]]:
+    verdicts = {name: quantization.available(name, device) for name in quantization.FORMATS}
+    return {name: {"runs": runs, "note": note} for name, (runs, note) in verdicts.items()}
+
+
 def _embedded_model() -> dict[str, Any]:
     folder = find_model("spritewan")
     found: dict[str, Any] = {"path": str(folder.path)}
@@ -173,10 +180,10 @@ def _gib(size: float | None) -> str:
     return "unknown" if size is None else f"{size} GiB"
 
 
-def _attention_table(attention: dict[str, dict[str, dict[str, Any]]]) -> Table:
-    table = Table("device", "back-end", "runs", "", title="Attention", title_justify="left")
-    for device, backends in attention.items():
-        for name, verdict in backends.items():
+def _verdicts_table(title: str, kind: str, verdicts: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    table = Table("device", kind, "runs", "", title=title, title_justify="left")
+    for device, found in verdicts.items():
+        for name, verdict in found.items():
             table.add_row(device, name, "yes" if verdict["runs"] else "no", verdict["note"])
     return table
 

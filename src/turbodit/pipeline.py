@@ -21,15 +21,18 @@ import torch
 from PIL import Image
 from torch import nn
 
+from turbodit import quantization
 from turbodit.attention import BACKENDS, attention_function, available
 from turbodit.checkpoints import find_model, load_transformer
 from turbodit.conditioning import ImageCondition, encode_known_frames
 from turbodit.config import ModelConfig
+from turbodit.graph import StepGraph
 from turbodit.image_encoder import ImageEncoder
-from turbodit.model.wan import WanModel
+from turbodit.model.wan import EncodedContext, Residual, WanModel
 from turbodit.noise_schedule import few_step_times
 from turbodit.offload import OffloadMode, Residence, check_mode
 from turbodit.prompt_cache import PromptCache, fingerprint
+from turbodit.quantization import linear_format
 from turbodit.request import GenerationRequest, Settings, resolve
 from turbodit.sampling import (
     Velocity,
@@ -56,6 +59,8 @@ class Pipeline:
         vae, text_encoder, image_encoder: the last only for models with CLIP features.
         device: where they compute.
         offload: which are there at a time (`offload.Residence`).
+        graph: run the DiT as a CUDA graph (`graph.StepGraph`), on a GPU and where its weights
+            stay there.
         prompt_cache: folder of text embeddings; None keeps none.
 
     Raises:
@@ -73,6 +78,7 @@ class Pipeline:
         *,
         device: torch.device | str = "cpu",
         offload: OffloadMode = "none",
+        graph: bool = True,
         prompt_cache: str | Path | None = None,
     ) -> None:
         if len(transformers) != model.experts:
@@ -97,6 +103,11 @@ class Pipeline:
         if image_encoder is not None:
             modules["image_encoder"] = image_encoder.model
         self._residence = Residence(modules, self.device, offload)
+        self._by_block = offload == "sequential"
+        self._graphs: dict[str, StepGraph] = {}
+        if graph and offload == "none" and self.device.type == "cuda":
+            for name, network in self.transformers.items():
+                self._graphs[name] = StepGraph(network, self._graphs.get("transformer"))
 
     @classmethod
     def from_pretrained(
@@ -108,6 +119,9 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         attention: str = "sdpa",
         attention_settings: Mapping[str, Any] | None = None,
+        linear: str | None = None,
+        residual: Residual = "float32",
+        graph: bool = True,
         offload: OffloadMode = "none",
         vae_tiling: bool = False,
         prompt_cache: str | Path | None = None,
@@ -122,6 +136,10 @@ class Pipeline:
             dtype: of the weights; by default bfloat16 on a GPU and float32 on a CPU.
             attention: back-end of the DiT's self attention (`attention.BACKENDS`).
             attention_settings: of the back-end, e.g. {"ratio": 0.15}; else the model's own.
+            linear: 8-bit format of the DiT's linear layers (`quantization.linear_format`); None:
+                that of its files.
+            residual: dtype of the DiT's residual stream, "float32" or "bfloat16".
+            graph: run the DiT as a CUDA graph where that is possible.
             offload: which models are on the device at a time (`offload.Residence`).
             vae_tiling: code large frames in tiles: less memory, faint seams.
             prompt_cache: folder of text embeddings to use and add to; None for none.
@@ -134,7 +152,7 @@ class Pipeline:
         """
         device = _device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        _check_runs(device, attention, offload)
+        _check_runs(device, attention, linear, offload)
         folder = find_model(model)
         given = (transformer,) if isinstance(transformer, (str, Path)) else transformer or ()
         sources = tuple(Path(source) for source in given)
@@ -155,6 +173,8 @@ class Pipeline:
                     device=home,
                     attention=attention,
                     attention_settings=settings,
+                    linear=linear,
+                    residual=residual,
                 )
                 for source in sources or folder.transformers
             ],
@@ -169,7 +189,16 @@ class Pipeline:
             report("load", done, len(parts))
             loaded[name] = load()
         report("load", len(parts), len(parts))
-        return cls(config, **loaded, device=device, offload=offload, prompt_cache=prompt_cache)
+        for network in loaded["transformers"]:
+            network.pack_projections()
+        return cls(
+            config,
+            **loaded,
+            device=device,
+            offload=offload,
+            graph=graph,
+            prompt_cache=prompt_cache,
+        )
 
     def __call__(
         self,
@@ -199,10 +228,14 @@ class Pipeline:
 
     @property
     def peak_memory(self) -> int | None:
-        """Most bytes allocated on the GPU since the last generation began; None on a CPU."""
+        """Most bytes taken on the GPU since the last generation began; None on a CPU.
+
+        What CUDA graphs hold counts as taken all the time, which it is.
+        """
         if self.device.type != "cuda":
             return None
-        return torch.cuda.max_memory_allocated(self.device)
+        held = sum(graph.memory for graph in self._graphs.values())
+        return torch.cuda.max_memory_allocated(self.device) + held
 
     @torch.no_grad()
     def generate(self, settings: Settings, progress: Progress | None = None) -> list[Video]:
@@ -352,11 +385,19 @@ class Pipeline:
     def _network(self, name: str, context: torch.Tensor, condition: ImageCondition) -> Velocity:
         """The DiT called `name` as a function of state and time alone; float32 out."""
         network = self.transformers[name]
+        step = self._graphs.get(name, network)
         features = condition.model_features(len(context))
+        encoded: EncodedContext | None = None
 
         def velocity(latents: torch.Tensor, t: float) -> torch.Tensor:
+            nonlocal encoded
             self._residence.bring(name)
-            return network(*condition.model_input(latents, t), context, features).float()
+            inputs = condition.model_input(latents, t)
+            if self._by_block:  # its weights are there for their own block's turn only
+                return network(*inputs, context, features).float()
+            if encoded is None:
+                encoded = network.encode_context(context, features)
+            return step(*inputs, encoded).float()
 
         return velocity
 
@@ -411,7 +452,7 @@ def _device(device: torch.device | str | None) -> torch.device:
     return chosen
 
 
-def _check_runs(device: torch.device, attention: str, offload: str) -> None:
+def _check_runs(device: torch.device, attention: str, linear: str | None, offload: str) -> None:
     """Refuse what cannot run on the device before anything is loaded."""
     check_mode(offload)
     if offload != "none" and device.type == "cpu":
@@ -419,6 +460,10 @@ def _check_runs(device: torch.device, attention: str, offload: str) -> None:
     runs, reason = available(attention, device)
     if not runs:
         raise ValueError(f"attention {attention!r} does not run on {device}: {reason}")
+    if linear is not None:
+        runs, reason = quantization.available(linear_format(linear), device)
+        if not runs:
+            raise ValueError(f"linear layers in {linear} do not run on {device}: {reason}")
 
 
 def _attention_settings(

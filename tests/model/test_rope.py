@@ -1,6 +1,7 @@
 import torch
 
-from turbodit.model.rope import apply_rope, rope_table
+from turbodit.kernels.norm import rms_norm
+from turbodit.model.rope import rope_table
 
 
 def complex_rotation(x: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
@@ -30,7 +31,9 @@ def test_rope_is_the_complex_rotation_of_each_axis() -> None:
     torch.manual_seed(0)
     grid = (3, 5, 2)
     x = torch.randn(2, 30, 3, 64)
-    got = apply_rope(x, rope_table(grid, 64, torch.device("cpu")))
+    x = x / x.flatten(2).square().mean(-1).sqrt()[..., None, None]  # the norm leaves it alone
+    angles = rope_table(grid, 64, torch.device("cpu"))
+    got = rms_norm(x.flatten(2), torch.ones(3 * 64), 0.0, angles).unflatten(-1, (3, 64))
     torch.testing.assert_close(got.double(), complex_rotation(x, grid), rtol=1e-5, atol=1e-5)
 
 
@@ -56,6 +59,8 @@ def test_cached_table_made_in_inference_mode_can_be_trained_through() -> None:
     rope_table.cache_clear()
     with torch.inference_mode():
         table = rope_table((2, 2, 2), 12, torch.device("cpu"))
-    x = torch.randn(1, 8, 1, 12, requires_grad=True)
-    apply_rope(x, table).square().sum().backward()
-    torch.testing.assert_close(x.grad, 2 * x)  # a rotation keeps lengths
+    weight = torch.ones(12, requires_grad=True)
+    x = torch.randn(1, 8, 12)
+    rms_norm(x, weight, 0.0, table).square().sum().backward()
+    # A rotation keeps lengths, and the norm of each token is sqrt(12).
+    torch.testing.assert_close(weight.grad.sum(), torch.tensor(2 * 8 * 12.0))

@@ -100,3 +100,15 @@ def test_a_perfect_generator_is_judged_as_the_ground_truth(
         pixels = render([scene(HELD_OUT + index)], frames=1)[0, 0].permute(1, 2, 0)
         assert image.tobytes() == pixels.numpy().tobytes()
     assert len(first_frames) == 2
+
+
+def test_frechet_distance_of_gaussians() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 20_000, 3, generator=generator, dtype=torch.float64).unbind()
+    assert evaluation.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    # |m|^2 + sum (s1 - s2)^2 for two diagonal Gaussians
+    scale, shift = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, -2.0, 0.0])
+    want = 5 + sum((s - 1) ** 2 for s in (1, 2, 3))
+    assert evaluation.frechet_distance(x, y * scale + shift) == pytest.approx(want, rel=0.02)
+    few = evaluation.frechet_distance(x[:2], y[:3])  # fewer clips than features
+    assert 0 <= few < 100

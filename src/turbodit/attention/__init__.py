@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from turbodit import kernels
 from turbodit.attention import dense, linear, sage
 from turbodit.attention.block_sparse import block_sparse_attn
 from turbodit.attention.sage import sageattn
@@ -71,26 +72,9 @@ def _needs(
     def missing(device: torch.device) -> str | None:
         if device.type != "cuda":
             return "needs a CUDA device"
-        return _too_old(device, capability) or _not_installed(modules, install)
+        return kernels.too_old(device, capability) or _not_installed(modules, install)
 
     return missing
-
-
-def _ours(device: torch.device) -> str | None:
-    """What our kernels miss on a device. On a CPU their references run."""
-    if device.type == "cpu":
-        return None
-    if device.type != "cuda":
-        return "needs a CPU or a CUDA device"
-    return _too_old(device, (8, 0)) or _not_installed(("triton",), "triton")
-
-
-def _too_old(device: torch.device, capability: tuple[int, int]) -> str | None:
-    found = torch.cuda.get_device_properties(device)
-    if (found.major, found.minor) >= capability:
-        return None
-    wanted = ".".join(map(str, capability))
-    return f"needs compute capability {wanted}, {found.name} has {found.major}.{found.minor}"
 
 
 def _not_installed(modules: tuple[str, ...], install: str) -> str | None:
@@ -159,19 +143,19 @@ BACKENDS: dict[str, Backend] = {
     ),
     "sage": Backend(
         build=lambda: sage.sage,
-        missing=_ours,
+        missing=kernels.missing,
         description="SageAttention: dense, int8 scores, float16 or fp8 values",
     ),
     "sparge": Backend(
         build=lambda **settings: partial(sparge_attn_topk, **settings),
-        missing=_ours,
+        missing=kernels.missing,
         description="SpargeAttention: block-sparse and 8-bit, without training",
         settings=("ratio", "block_q", "block_k", "pv_threshold"),
         self_only=True,
     ),
     "sla": Backend(
         build=SparseLinearAttention,
-        missing=_ours,
+        missing=kernels.missing,
         description="sparse-linear attention, trainable; for models trained with it",
         settings=("ratio", "variant", "feature_map", "block_q", "block_k"),
         self_only=True,
@@ -179,7 +163,7 @@ BACKENDS: dict[str, Backend] = {
     ),
     "sagesla": Backend(
         build=SageSLA,
-        missing=_ours,
+        missing=kernels.missing,
         description="sparse-linear attention in 8 bits; for models trained with sla",
         settings=("ratio", "feature_map", "block_q", "block_k"),
         self_only=True,
@@ -187,7 +171,7 @@ BACKENDS: dict[str, Backend] = {
     ),
     "linear": Backend(
         build=lambda: linear.linear,
-        missing=_ours,
+        missing=kernels.missing,
         description="linear attention alone; for models trained with it",
         self_only=True,
     ),

@@ -1,29 +1,60 @@
-"""Loading the DiT from any layout we know, and saving it in diffusers' layout."""
+"""Loading the DiT from any layout we know, and saving it in diffusers' layout.
+
+A quantised one loads as it is, and a plain one can be quantised on the way, layer by layer.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from turbodit.checkpoints.formats import native_weights
 from turbodit.checkpoints.keys import to_diffusers
+from turbodit.checkpoints.linears import (
+    SCALE,
+    VALUES,
+    convert_linears,
+    stored_format,
+)
+from turbodit.checkpoints.write import CONFIG_KEY, new_folder, write_folder
 from turbodit.config import PRESETS, ModelConfig, TransformerConfig
-from turbodit.model.wan import WanModel
-from turbodit.weights import Weights, assign_weights, read_json, read_weights
+from turbodit.model.wan import Residual, WanModel
+from turbodit.quantization import (
+    QuantizedLinear,
+    is_quantizable,
+    linear_format,
+    replace_linears,
+)
+from turbodit.weights import (
+    LazyTensor,
+    LazyWeights,
+    assign_weights,
+    check_fit,
+    lazy_weights,
+    listing,
+    read_json,
+    read_metadata,
+)
 
 CLASSES = ("WanModel", "WanTransformer3DModel")  # in original and diffusers config.json
-WEIGHTS_NAME = "diffusion_pytorch_model"
+FORMAT_KEY = "linear"  # in config.json: the 8-bit format of a quantised model's linear layers
 LINEAR_BRANCH = ".proj_l."  # in the names of sparse-linear attention's own parameters
 TEXT_LEN = 512  # where a config does not say; diffusers' cannot
+
+
+class Stored(NamedTuple):
+    """A DiT that is not read yet: its shape, 8-bit format, and weights under original names."""
+
+    config: TransformerConfig
+    format: str | None
+    weights: LazyWeights
 
 
 def load_transformer(
@@ -34,18 +65,25 @@ def load_transformer(
     device: torch.device | str = "cpu",
     attention: str = "sdpa",
     attention_settings: Mapping[str, Any] | None = None,
+    linear: str | None = None,
+    residual: Residual = "float32",
 ) -> WanModel:
     """The DiT stored at `source`, in evaluation mode.
 
     Args:
         source: a diffusers `transformer/` folder; an original Wan folder (or one expert's);
             or one file: safetensors or PyTorch, with original or diffusers names, perhaps
-            with prefixes as ComfyUI and rCM write them.
-        config: its shape. Read from `config.json` where there is one; a single file's is
-            that of the preset which has the file's shapes.
-        dtype: of its weights, but for the few that Wan keeps in float32.
+            with prefixes as ComfyUI and rCM write them, plain or quantised
+            (docs/checkpoints.md).
+        config: its shape. Read from `config.json` or a file's metadata where it is there;
+            another single file's is that of the preset which has the file's shapes.
+        dtype: of its weights, but for the few that Wan keeps in float32, and those in 8 bits.
         attention: back-end of self attention.
         attention_settings: of the back-end, e.g. {"ratio": 0.15} for "sla".
+        linear: 8-bit format of the linear layers (`turbodit.quantization.linear_format`);
+            None for that of `source`. Weights in another form are converted on `device` one
+            at a time; those that were quantised in another format are rounded twice.
+        residual: dtype of the residual stream, as `WanModel` takes it.
 
     A source without the linear branch (proj_l) of a back-end that has one gets an untrained
     one, which adds nothing, and a warning.
@@ -53,21 +91,77 @@ def load_transformer(
     Raises:
         FileNotFoundError: no such folder or file, no weights in it, or a shard is missing.
         ValueError: truncated or unsupported file, another architecture, names or shapes
-            that do not fit, a trained linear branch that `attention` has no place for, or a
-            shape that has to be given as `config`.
+            that do not fit, a trained linear branch that `attention` has no place for, a
+            shape that has to be given as `config`, an unknown format, a mixture of formats,
+            or NaN and infinities to quantise.
     """
     source = Path(source)
-    weights = native_weights(read_weights(source), source)
-    with torch.device("meta"):
-        model = WanModel(config or _config_of(source, weights), attention, attention_settings)
-    weights = _with_linear_branch(weights, model, source, attention)
-    assign_weights(
-        model, weights, source, dtype=dtype, device=device, keep_float32=model.keep_float32
-    )
+    format = None if linear is None else linear_format(linear)
+    stored = open_transformer(source, config, mapped=format is None)
+    how = (attention, attention_settings, residual)
+    model = empty_transformer(stored.config, stored.format, *how)
+    weights = _with_linear_branch(stored.weights, model, source, attention)
+    check_fit(model, weights, source)
+    if format is not None and format != stored.format:
+        weights = quantized_weights(weights, model, source, stored.format, format, device)
+        model = empty_transformer(stored.config, format, *how)
+    assign_weights(model, weights, source, dtype=dtype, device=device, keep_float32=_stays_float32)
     return model.eval()
 
 
-def _with_linear_branch(weights: Weights, model: WanModel, source: Path, attention: str) -> Weights:
+def open_transformer(
+    source: Path, config: TransformerConfig | None = None, *, mapped: bool = True
+) -> Stored:
+    """The DiT at `source`, not read yet.
+
+    Args:
+        mapped: as for `lazy_weights`.
+
+    Raises: as `load_transformer`.
+    """
+    weights = native_weights(lazy_weights(source, mapped=mapped), source)
+    stated = _stated_content(source)
+    format = stored_format(weights, source, stated.get(FORMAT_KEY))
+    return Stored(config or _config_of(source, stated, weights), format, weights)
+
+
+def empty_transformer(
+    config: TransformerConfig,
+    format: str | None,
+    attention: str,
+    attention_settings: Mapping[str, Any] | None = None,
+    residual: Residual = "float32",
+) -> WanModel:
+    """A DiT on the meta device, with 8-bit linear layers if there is a format."""
+    with torch.device("meta"):
+        model = WanModel(config, attention, attention_settings, residual)
+        if format is not None:
+            replace_linears(model, format)
+    return model
+
+
+def quantized_weights(
+    weights: LazyWeights,
+    model: WanModel,
+    source: Path,
+    old: str | None,
+    new: str,
+    device: torch.device | str,
+) -> LazyWeights:
+    """The weights of `model`, which are in format `old`, in format `new`."""
+    linears = (torch.nn.Linear, QuantizedLinear)
+    layers = [name for name, module in model.named_modules() if isinstance(module, linears)]
+    layers = [name for name in layers if is_quantizable(name)]
+    return convert_linears(weights, layers, source, old=old, new=new, device=device)
+
+
+def _stays_float32(name: str) -> bool:
+    return WanModel.keep_float32(name) or name.endswith(SCALE)
+
+
+def _with_linear_branch(
+    weights: LazyWeights, model: WanModel, source: Path, attention: str
+) -> LazyWeights:
     """`weights`, and zeros for the proj_l of `model`'s attention if they have none."""
     wanted = {name: p for name, p in model.state_dict().items() if LINEAR_BRANCH in name}
     found = any(LINEAR_BRANCH in name for name in weights)
@@ -83,7 +177,7 @@ def _with_linear_branch(weights: Weights, model: WanModel, source: Path, attenti
         "branch to add, and leaves out most of the keys",
         stacklevel=3,
     )
-    return {**weights, **{name: torch.zeros(p.shape) for name, p in wanted.items()}}
+    return {**weights, **{n: LazyTensor.of(torch.zeros(p.shape)) for n, p in wanted.items()}}
 
 
 def save_transformer(
@@ -91,39 +185,42 @@ def save_transformer(
 ) -> None:
     """Write `model` in diffusers' layout: config.json and safetensors, sharded if large.
 
-    All files are complete before the weights that `folder` held are removed.
+    8-bit linear layers are written as they are, and their format into config.json. All files
+    are complete before the weights that `folder` held are removed.
 
     Args:
         max_shard_size: bytes per file, or a string such as "16MB".
+
+    Raises:
+        ValueError: linear layers in several formats, or packed into others.
+        OSError: it cannot be written.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        to_diffusers(name): tensor.detach().contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    plan = split_torch_state_dict_into_shards(
-        state, filename_pattern=WEIGHTS_NAME + "{suffix}.safetensors", max_shard_size=max_shard_size
-    )
-    with TemporaryDirectory(dir=folder, prefix="partial-") as name:
-        partial = Path(name)
-        for file, names in plan.filename_to_tensors.items():
-            save_file({name: state[name] for name in names}, partial / file, {"format": "pt"})
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            _write_json(partial / f"{WEIGHTS_NAME}.safetensors.index.json", index)
-        _write_json(partial / "config.json", _diffusers_config(model.config))
-        for old in folder.glob(f"{WEIGHTS_NAME}*"):
-            old.unlink()
-        for new in partial.iterdir():
-            os.replace(new, folder / new.name)
+    formats = {m.format for m in model.modules() if isinstance(m, QuantizedLinear)}
+    if len(formats) > 1:
+        raise ValueError(f"the model mixes formats of linear layers: {', '.join(sorted(formats))}")
+    format = next(iter(formats), None)
+    weights = {name: LazyTensor.of(tensor) for name, tensor in model.state_dict().items()}
+    missing = empty_transformer(model.config, format, "sdpa").state_dict().keys() - weights.keys()
+    if missing:
+        raise ValueError(f"the model cannot be saved, it has no {listing(sorted(missing))}")
+    with new_folder(Path(folder)) as partial:
+        write_transformer(partial, Stored(model.config, format, weights), max_shard_size)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def write_transformer(
+    folder: Path,
+    stored: Stored,
+    max_shard_size: int | str = "5GB",
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a DiT in diffusers' layout into an empty folder, a tensor at a time.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    weights = {to_diffusers(name): tensor for name, tensor in stored.weights.items()}
+    config = config_json(stored.config, stored.format)
+    write_folder(folder, weights, config, max_shard_size, advance)
 
 
 def transformer_config(source: Path | str) -> TransformerConfig:
@@ -131,8 +228,7 @@ def transformer_config(source: Path | str) -> TransformerConfig:
 
     Raises: as `load_transformer`.
     """
-    source = Path(source)
-    return _config_of(source, native_weights(read_weights(source), source))
+    return open_transformer(Path(source), mapped=False).config
 
 
 def presets_like(config: TransformerConfig) -> list[ModelConfig]:
@@ -140,12 +236,15 @@ def presets_like(config: TransformerConfig) -> list[ModelConfig]:
     return [model for model in PRESETS.values() if _shape(model.transformer) == _shape(config)]
 
 
-def _config_of(source: Path, weights: Weights) -> TransformerConfig:
-    """The shape of the DiT at `source`, from its config.json, its weights and the presets."""
-    if source.is_dir():
+def _config_of(source: Path, stated: dict[str, Any], weights: LazyWeights) -> TransformerConfig:
+    """The shape of the DiT at `source`, from what it states, its weights and the presets."""
+    if stated:
         # The original form of config.json does not say whether there are CLIP layers.
         image_dim, positions = _image_shape(weights)
-        return replace(_stated_config(source), image_dim=image_dim, image_positions=positions)
+        config = _stated_config(_config_place(source), stated)
+        return replace(config, image_dim=image_dim, image_positions=positions)
+    if source.is_dir():
+        raise FileNotFoundError(f"no config.json in {source}")
     seen = _seen_config(source, weights)
     alike = presets_like(seen)
     if not alike:
@@ -156,24 +255,36 @@ def _config_of(source: Path, weights: Weights) -> TransformerConfig:
     return alike[0].transformer
 
 
-def _stated_config(folder: Path) -> TransformerConfig:
-    """What `folder/config.json` states, in diffusers' or the original form."""
-    path = folder / "config.json"
-    data = read_json(path)
+def _config_place(source: Path) -> str:
+    return str(source / "config.json") if source.is_dir() else f"the metadata of {source}"
+
+
+def _stated_content(source: Path) -> dict[str, Any]:
+    """A folder's config.json, or what our single files have in its place; empty if neither."""
+    if source.is_dir():
+        path = source / "config.json"
+        return read_json(path) if path.exists() else {}
+    if source.suffix != ".safetensors":
+        return {}
+    return json.loads(read_metadata(source).get(CONFIG_KEY, "{}"))
+
+
+def _stated_config(place: str, data: dict[str, Any]) -> TransformerConfig:
+    """The shape in `data`, in diffusers' or the original form of config.json."""
     name = data.get("_class_name", "none")
     if name not in CLASSES:
         raise ValueError(
-            f"{path} describes the architecture {name}; supported: {', '.join(CLASSES)}"
+            f"{place} describes the architecture {name}; supported: {', '.join(CLASSES)}"
         )
     if not data.get("cross_attn_norm", True) or not data.get("qk_norm", True):
-        raise ValueError(f"{path} describes a variant without cross_attn_norm or qk_norm")
+        raise ValueError(f"{place} describes a variant without cross_attn_norm or qk_norm")
     try:
         return _from_diffusers(data) if "num_attention_heads" in data else _from_native(data)
     except KeyError as missing:
-        raise ValueError(f"{path} does not say {missing}") from missing
+        raise ValueError(f"{place} does not say {missing}") from missing
 
 
-def _seen_config(source: Path, weights: Weights) -> TransformerConfig:
+def _seen_config(source: Path, weights: LazyWeights) -> TransformerConfig:
     """What the weights alone tell; the number of heads and of text tokens they don't."""
     try:
         dim, in_dim, *patch = weights["patch_embedding.weight"].shape
@@ -181,7 +292,7 @@ def _seen_config(source: Path, weights: Weights) -> TransformerConfig:
         blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
         return TransformerConfig(
             dim=dim,
-            ffn_dim=weights["blocks.0.ffn.0.weight"].shape[0],
+            ffn_dim=weights[_stored_name(weights, "blocks.0.ffn.0")].shape[0],
             num_heads=1,
             num_layers=len(blocks),
             in_dim=in_dim,
@@ -195,7 +306,13 @@ def _seen_config(source: Path, weights: Weights) -> TransformerConfig:
         raise ValueError(f"{source} holds no whole Wan transformer: no {missing}") from missing
 
 
-def _image_shape(weights: Weights) -> tuple[int | None, int | None]:
+def _stored_name(weights: LazyWeights, layer: str) -> str:
+    """The name of a linear layer's weight, plain or quantised."""
+    names = [layer + ending for ending in VALUES.values()]
+    return next((name for name in names if name in weights), f"{layer}.weight")
+
+
+def _image_shape(weights: LazyWeights) -> tuple[int | None, int | None]:
     """Width of the CLIP features and length of their position table, where there are any."""
     features, positions = weights.get("img_emb.proj.0.weight"), weights.get("img_emb.emb_pos")
     return (
@@ -234,8 +351,9 @@ def _from_native(data: dict[str, Any]) -> TransformerConfig:
     return TransformerConfig(**{name: data[name] for name in names}, **optional)
 
 
-def _diffusers_config(config: TransformerConfig) -> dict[str, Any]:
-    data = {
+def config_json(config: TransformerConfig, format: str | None) -> dict[str, Any]:
+    """The content of config.json, in diffusers' form."""
+    data: dict[str, Any] = {
         "_class_name": "WanTransformer3DModel",
         "patch_size": list(config.patch_size),
         "num_attention_heads": config.num_heads,
@@ -256,4 +374,6 @@ def _diffusers_config(config: TransformerConfig) -> dict[str, Any]:
     }
     if config.text_len != TEXT_LEN:
         data["text_len"] = config.text_len  # ours: diffusers warns of it and goes on
+    if format is not None:
+        data[FORMAT_KEY] = format  # ours, too
     return data

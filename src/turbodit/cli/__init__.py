@@ -1,4 +1,4 @@
-"""The command line: `turbodit generate` and `turbodit doctor`.
+"""The command line: `turbodit generate`, `quantize`, `bench` and `doctor`.
 
 Nothing here imports torch before a command runs. Results go to stdout, everything else to
 stderr. A mistake of the user's is one line and exit status 2; Ctrl-C is status 130.
@@ -17,7 +17,9 @@ from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, subcommand
 
 from turbodit import __version__
+from turbodit.cli.bench import Bench
 from turbodit.cli.generate import Generate, Switch
+from turbodit.cli.quantize import Quantize
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -41,7 +43,12 @@ class Doctor:
             doctor.show(findings, Console())
 
 
-Command = Annotated[Generate, subcommand("generate")] | Annotated[Doctor, subcommand("doctor")]
+Command = (
+    Annotated[Generate, subcommand("generate")]
+    | Annotated[Quantize, subcommand("quantize")]
+    | Bench
+    | Annotated[Doctor, subcommand("doctor")]
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command.run()
     except KeyboardInterrupt:
-        return _fail("interrupted; finished videos are kept, nothing is half-written", INTERRUPTED)
+        return _fail("interrupted; what is finished is kept, nothing is half-written", INTERRUPTED)
     except (ValueError, OSError, FloatingPointError) as error:
         if command.debug:
             raise
@@ -70,7 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # torch.OutOfMemoryError, by name: importing torch only to catch it would be slow.
         if command.debug or type(error).__name__ != "OutOfMemoryError":
             raise
-        hint = "try --offload model or sequential, --vae-tiling, fewer frames or a smaller size"
+        hint = (
+            "try --linear fp8 or int8-channel, --no-graph, --vae-tiling, --offload model or "
+            "sequential, fewer frames or a smaller size"
+        )
         return _fail(f"{error}\n{hint}", USER_ERROR)
     return 0
 

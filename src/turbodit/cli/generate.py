@@ -111,6 +111,12 @@ class Generate:
     """Attention back-end; `turbodit doctor` lists them. Default: sdpa."""
     sla_topk: Annotated[float | None, _flag("X")] = None
     """Share of key blocks that sparse attention keeps."""
+    linear: Annotated[Literal["int8-block", "int8-channel", "fp8"] | None, _flag("FORMAT")] = None
+    """8 bits for the linear layers: int8-block, int8-channel or fp8; by default as in the file."""
+    residual: Annotated[Literal["float32", "bfloat16"], _flag("NAME")] = "float32"
+    """Residual stream of the transformer: float32, or bfloat16, which is faster."""
+    no_graph: Switch = False
+    """On a GPU: launch the transformer's kernels one by one, not as a CUDA graph."""
     device: Annotated[str | None, _flag("NAME")] = None
     """cpu, cuda, cuda:1; by default a GPU if there is one."""
     dtype: Annotated[Literal["bfloat16", "float16", "float32"] | None, _flag("NAME")] = None
@@ -221,6 +227,10 @@ class Generate:
             weights["dtype"] = self.dtype
         if self.sla_topk is not None:
             weights["sla_topk"] = self.sla_topk
+        if self.linear is not None:
+            weights["linear"] = self.linear
+        if self.residual != "float32":
+            weights["residual"] = self.residual
         if self.vae_tiling:
             weights["vae_tiling"] = True
         return weights
@@ -229,6 +239,7 @@ class Generate:
         import torch
 
         from turbodit.pipeline import Pipeline
+        from turbodit.quantization import linear_format
 
         return Pipeline.from_pretrained(
             self._model_name(),
@@ -237,6 +248,9 @@ class Generate:
             dtype=None if self.dtype is None else getattr(torch, self.dtype),
             attention=self.attention,
             attention_settings=None if self.sla_topk is None else {"ratio": self.sla_topk},
+            linear=None if self.linear is None else linear_format(self.linear),
+            residual=self.residual,
+            graph=not self.no_graph,
             offload="model" if self.offload_model and self.offload == "none" else self.offload,
             vae_tiling=self.vae_tiling,
             prompt_cache=self.prompt_cache,

@@ -1,7 +1,6 @@
-"""The DiT's small parts: norms, modulation, time embedding, patches.
+"""The DiT's small parts: norms, feed-forward, time embedding, patches.
 
-Shapes: B batch, L tokens, D width, n runs of tokens that share one diffusion time.
-Norms and modulation compute in float32, as in Wan.
+Shapes: B batch, L tokens, D width.
 """
 
 from __future__ import annotations
@@ -12,17 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from turbodit.kernels.norm import Angles, rms_norm
+from turbodit.kernels.quantized_linear import Quantized, quantize_activation
+from turbodit.quantization import QuantizedLinear
+
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (arXiv:1910.07467); any dtype in, same out."""
+    """`kernels.norm.rms_norm` with a weight: over all heads at once, then RoPE where asked for."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+    def forward(self, x: torch.Tensor, angles: Angles | None = None) -> torch.Tensor:
+        """x (B, L, D), which nobody else needs: it is overwritten where no gradient is wanted."""
+        return rms_norm(x, self.weight, self.eps, angles, in_place=True)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -34,15 +38,35 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
 
 
-def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x * (1 + scale) + shift; x (B, L, D), shift and scale (B, n, D), n dividing L."""
-    runs = x.unflatten(1, (shift.shape[1], -1))
-    return (runs * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+class FeedForward(nn.Sequential):
+    """Linear, GELU (tanh), linear; the GELU within a pass over its input that is made anyway."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__(
+            nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim)
+        )
+
+    def forward(self, x: torch.Tensor | Quantized) -> torch.Tensor:
+        up, gelu, down = self
+        if isinstance(down, QuantizedLinear):
+            return down(quantize_activation(up(x), down.format, "gelu"))
+        if isinstance(up, nn.Linear) and isinstance(x, torch.Tensor) and _fuses_gelu(up, x):
+            hidden = torch._addmm_activation(
+                up.bias, x.flatten(0, -2), up.weight.t(), use_gelu=True
+            )
+            return down(hidden.unflatten(0, x.shape[:-1]))
+        return down(gelu(up(x)))
 
 
-def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """x * gate in float32; x (B, L, D), gate (B, n, D), n dividing L."""
-    return (x.unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]).flatten(1, 2)
+def _fuses_gelu(linear: nn.Linear, x: torch.Tensor) -> bool:
+    """Whether cuBLASLt can end the product with GELU (tanh): half precision, no gradient."""
+    return (
+        x.is_cuda
+        and x.dtype == linear.weight.dtype
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and not torch.is_autocast_enabled("cuda")
+        and not torch.is_grad_enabled()
+    )
 
 
 def timestep_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:

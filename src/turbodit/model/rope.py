@@ -3,6 +3,7 @@
 Each head's D channels are D/2 complex pairs (2i, 2i+1). Of the D/2 frequencies, height
 and width get D//6 each and time the rest; the frequency i of an axis with n of them is
 10000^(-i/n) (RoFormer, arXiv:2104.09864, one rotation per axis as in Wan, arXiv:2503.20314).
+`kernels.norm.rms_norm` turns queries and keys by these angles.
 """
 
 from __future__ import annotations
@@ -43,11 +44,3 @@ def rope_table(
 def _axis_angles(positions: int, frequencies: int) -> torch.Tensor:
     exponent = torch.arange(frequencies, dtype=torch.float64) / frequencies
     return torch.outer(torch.arange(positions, dtype=torch.float64), THETA**-exponent)
-
-
-def apply_rope(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotate x (B, L, H, D) by each token's angles; computed in float32, returned in x's dtype."""
-    cos, sin = (part[:, None, :] for part in table)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rotated.flatten(-2).to(x.dtype)

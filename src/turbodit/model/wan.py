@@ -5,14 +5,14 @@ TI2V (time per latent frame) differ only in `TransformerConfig`. Parameter names
 of the original checkpoints, so native files load without a map.
 
 Shapes: B batch; C,T,H,W latents; L tokens; D width; n runs of tokens with a time each.
-Precision: residual stream, norms, modulation and time embedding in float32; the matrix
-products in the dtype of the weights (or of autocast).
+Precision: norms, modulation, time embedding and, unless told otherwise, the residual stream in
+float32; the matrix products in the dtype of the weights (or of autocast), or in 8 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +20,39 @@ from torch import nn
 
 from turbodit.attention import AttentionFunction, attention_function
 from turbodit.config import TransformerConfig
+from turbodit.kernels import wide
+from turbodit.kernels.norm import Angles, add_norm, gated_add, norm
+from turbodit.kernels.quantized_linear import Quantized
 from turbodit.model.layers import (
+    FeedForward,
     ImageEmbedding,
     LayerNorm,
     RMSNorm,
-    gated,
-    modulate,
     patchify,
     timestep_embedding,
     unpatchify,
 )
-from turbodit.model.rope import apply_rope, rope_table
+from turbodit.model.rope import rope_table
+from turbodit.quantization import can_concatenate, concatenate, input_kind
 
-RopeTable = tuple[torch.Tensor, torch.Tensor]
+Residual = Literal["float32", "bfloat16"]
+KeysValues = tuple[torch.Tensor, torch.Tensor]  # each (B, L, heads, D/heads)
+
+
+class Context(NamedTuple):
+    """What cross attention attends to: tokens of the text, and of images in models with CLIP."""
+
+    text: torch.Tensor  # (B, text_len, D)
+    image: torch.Tensor | None  # (B, 257 or 514, D)
+
+
+class EncodedContext(NamedTuple):
+    """A context as every block's keys and values, which no step changes: encoded once a prompt."""
+
+    layers: tuple[tuple[KeysValues, ...], ...]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [x for pairs in self.layers for pair in pairs for x in pair]
 
 
 class AttentionOp(nn.Module):
@@ -50,7 +70,9 @@ class AttentionOp(nn.Module):
         return self.local_attn(q, k, v)
 
 
-class SelfAttention(nn.Module):
+class Attention(nn.Module):
+    """What self and cross attention share: projections, norms over all heads, the call."""
+
     def __init__(self, config: TransformerConfig, attend: AttentionFunction) -> None:
         super().__init__()
         dim = config.dim
@@ -67,33 +89,68 @@ class SelfAttention(nn.Module):
         """(B, L, D) -> (B, L, heads, D/heads)"""
         return x.unflatten(-1, (self.num_heads, -1))
 
-    def forward(self, x: torch.Tensor, rope: RopeTable) -> torch.Tensor:
-        q = apply_rope(self.split_heads(self.norm_q(self.q(x))), rope)
-        k = apply_rope(self.split_heads(self.norm_k(self.k(x))), rope)
-        v = self.split_heads(self.v(x))
-        return self.o(self.attn_op(q, k, v).flatten(2))
+    def pack(self, name: str, parts: Sequence[str]) -> None:
+        """Put one layer `name` in place of several that have one input."""
+        linears = [getattr(self, part) for part in parts]
+        if can_concatenate(linears):
+            setattr(self, name, concatenate(linears))
+            for part in parts:
+                delattr(self, part)
+
+    def project(self, x: Any, name: str, parts: Sequence[str]) -> Sequence[torch.Tensor]:
+        """What the layers `parts` make of x, as one product where they have been packed."""
+        packed = getattr(self, name, None)
+        if packed is None:
+            return [getattr(self, part)(x) for part in parts]
+        return packed(x).chunk(len(parts), dim=-1)
 
 
-class CrossAttention(SelfAttention):
+class SelfAttention(Attention):
+    PACKED = ("qkv", ("q", "k", "v"))
+
+    @property
+    def first(self) -> nn.Module:
+        """The layer that takes the input."""
+        return getattr(self, "qkv", None) or self.q
+
+    def forward(self, x: torch.Tensor | Quantized, angles: Angles) -> torch.Tensor:
+        q, k, v = self.project(x, *self.PACKED)
+        q = self.split_heads(self.norm_q(q, angles))
+        k = self.split_heads(self.norm_k(k, angles))
+        return self.o(self.attn_op(q, k, self.split_heads(v)).flatten(2))
+
+
+class CrossAttention(Attention):
     """Attention to text and, in models with CLIP, a second one to image tokens."""
+
+    PACKED = ("kv", ("k", "v"))
+    PACKED_IMAGE = ("kv_img", ("k_img", "v_img"))
 
     def __init__(self, config: TransformerConfig, attend: AttentionFunction) -> None:
         super().__init__(config, attend)
-        self.k_img: nn.Linear | None = None
-        if config.image_dim is not None:
+        self.has_image = config.image_dim is not None
+        if self.has_image:
             self.k_img = nn.Linear(config.dim, config.dim)
             self.v_img = nn.Linear(config.dim, config.dim)
             self.norm_k_img = RMSNorm(config.dim, config.eps)
 
-    def forward(  # type: ignore[override]
-        self, x: torch.Tensor, text: torch.Tensor, image: torch.Tensor | None
+    def encode(self, context: Context) -> tuple[KeysValues, ...]:
+        """Keys and values of the text and, where there are any, of images."""
+        k, v = self.project(context.text, *self.PACKED)
+        pairs = [(self.split_heads(self.norm_k(k)), self.split_heads(v))]
+        if self.has_image:
+            k, v = self.project(context.image, *self.PACKED_IMAGE)
+            pairs.append((self.split_heads(self.norm_k_img(k)), self.split_heads(v)))
+        return tuple(pairs)
+
+    def forward(
+        self, x: torch.Tensor | Quantized, context: Context | tuple[KeysValues, ...]
     ) -> torch.Tensor:
         q = self.split_heads(self.norm_q(self.q(x)))
-        k = self.split_heads(self.norm_k(self.k(text)))
-        out = self.attn_op(q, k, self.split_heads(self.v(text)))
-        if self.k_img is not None and image is not None:
-            k_img = self.split_heads(self.norm_k_img(self.k_img(image)))
-            out = out + self.attn_op(q, k_img, self.split_heads(self.v_img(image)))
+        pairs = self.encode(context) if isinstance(context, Context) else context
+        out, *others = (self.attn_op(q, k, v) for k, v in pairs)
+        for other in others:
+            out = out + other
         return self.o(out.flatten(2))
 
 
@@ -103,50 +160,57 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         dim = config.dim
-        self.norm1 = LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.eps = config.eps
         self.self_attn = SelfAttention(config, attend)
         self.norm3 = LayerNorm(dim, config.eps)
         self.cross_attn = CrossAttention(config, attend_cross)
-        self.norm2 = LayerNorm(dim, config.eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, config.ffn_dim),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(config.ffn_dim, dim),
-        )
+        self.ffn = FeedForward(dim, config.ffn_dim)
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
         self,
         x: torch.Tensor,
         time: torch.Tensor,
-        rope: RopeTable,
-        text: torch.Tensor,
-        image: torch.Tensor | None,
+        angles: Angles,
+        context: Context | tuple[KeysValues, ...],
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        """x (B,L,D) float32, time (B,n,6,D) float32, text (B,Lt,D) -> (B,L,D) float32."""
-        dtype = text.dtype  # of the matrix products: the weights' dtype or autocast's
+        """The residual stream x (B, L, D) after this block.
+
+        Args:
+            time: (B, n, 6, D) float32.
+            angles: of `rope_table`.
+            context: tokens (B, Lt, D), or this block's keys and values of them.
+            dtype: of the matrix products: the weights' or autocast's.
+        """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
             self.modulation.float()[:, None] + time
         ).unbind(2)
-        attn_in = modulate(self.norm1(x), shift, scale).to(dtype)
-        x = x + gated(self.self_attn(attn_in, rope), gate)
-        x = x + self.cross_attn(self.norm3(x).to(dtype), text, image)
-        ffn_in = modulate(self.norm2(x), ffn_shift, ffn_scale).to(dtype)
-        return x + gated(self.ffn(ffn_in), ffn_gate)
+        eps = self.eps
+        out = input_kind(self.self_attn.first, dtype)
+        update = self.self_attn(norm(x, shift=shift, scale=scale, eps=eps, out=out), angles)
+        out = input_kind(self.cross_attn.q, dtype)
+        weight, bias = self.norm3.weight, self.norm3.bias
+        x, h = add_norm(x, update, gate, weight=weight, bias=bias, eps=eps, out=out)
+        update = self.cross_attn(h, context)
+        out = input_kind(self.ffn[0], dtype)
+        x, h = add_norm(x, update, shift=ffn_shift, scale=ffn_scale, eps=eps, out=out)
+        return gated_add(x, self.ffn(h), ffn_gate)
 
 
 class Head(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         kt, kh, kw = config.patch_size
-        self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.eps = config.eps
         self.head = nn.Linear(config.dim, kt * kh * kw * config.out_dim)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """x (B,L,D) and time (B,n,D), both float32 -> (B, L, kt*kh*kw*out_dim)."""
+        """x (B,L,D) and time (B,n,D) float32 -> (B, L, kt*kh*kw*out_dim)."""
         shift, scale = (self.modulation.float()[:, None] + time[:, :, None]).unbind(2)
-        return self.head(modulate(self.norm(x), shift, scale).to(self.head.weight.dtype))
+        dtype = self.head.weight.dtype
+        return self.head(norm(x, shift=shift, scale=scale, eps=self.eps, out=dtype))
 
 
 class WanModel(nn.Module):
@@ -157,9 +221,11 @@ class WanModel(nn.Module):
         attention: back-end of self attention (`turbodit.attention.BACKENDS`). Cross
             attention is short and always dense.
         settings: of the back-end, e.g. {"ratio": 0.15} for "sla".
+        residual: dtype of the residual stream, "float32" as in Wan, or "bfloat16": fewer bytes
+            to move, and rounding after each of a block's three additions.
 
     Raises:
-        ValueError: unknown back-end or setting.
+        ValueError: unknown back-end, setting or residual.
     """
 
     def __init__(
@@ -167,9 +233,15 @@ class WanModel(nn.Module):
         config: TransformerConfig,
         attention: str = "sdpa",
         settings: Mapping[str, Any] | None = None,
+        residual: Residual = "float32",
     ) -> None:
         super().__init__()
+        if residual not in get_args(Residual):
+            raise ValueError(
+                f"unknown residual {residual!r}; supported: {', '.join(get_args(Residual))}"
+            )
         self.config = config
+        self.residual = residual
         dim = config.dim
         self.patch_embedding = nn.Conv3d(
             config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size
@@ -201,11 +273,33 @@ class WanModel(nn.Module):
         kept = ("norm", "modulation", "proj_l")
         return name.startswith("time_") or any(part in name for part in kept)
 
+    def pack_projections(self) -> None:
+        """Compute q, k and v in one matrix product, and k and v of the context: for inference.
+
+        Parameters change their names, so a packed model can be neither saved nor filled.
+        """
+        for block in self._blocks():
+            block.self_attn.pack(*SelfAttention.PACKED)
+            block.cross_attn.pack(*CrossAttention.PACKED)
+            if block.cross_attn.has_image:
+                block.cross_attn.pack(*CrossAttention.PACKED_IMAGE)
+
+    def encode_context(
+        self, context: torch.Tensor, image_context: torch.Tensor | None = None
+    ) -> EncodedContext:
+        """What `forward` takes in place of a context, so that its steps share this work.
+
+        Args and errors as `forward`.
+        """
+        self._check_context(context, image_context)
+        tokens = self._embed_context(context, image_context)
+        return EncodedContext(tuple(block.cross_attn.encode(tokens) for block in self._blocks()))
+
     def forward(
         self,
         latents: torch.Tensor,
         t: torch.Tensor,
-        context: torch.Tensor,
+        context: torch.Tensor | EncodedContext,
         image_context: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Velocity at `latents`.
@@ -216,7 +310,8 @@ class WanModel(nn.Module):
             t: rectified-flow time in [0, 1], (B,), or (B, n) with n dividing the number of
                 tokens L: t[:, i] is the time of the i-th run of L/n tokens (n = T: one
                 time per latent frame; n = L: one per token).
-            context: text embeddings (B, text_len, text_dim), zeros past the prompt's end.
+            context: text embeddings (B, text_len, text_dim), zeros past the prompt's end; or
+                what `encode_context` made of them and of the image context.
             image_context: CLIP features (B, 257 or 514, image_dim), for models that have them.
 
         Returns:
@@ -225,20 +320,35 @@ class WanModel(nn.Module):
         Raises:
             ValueError: shapes that do not fit this model.
         """
-        grid = self._grid(latents, t, context, image_context)
+        grid = self._grid(latents, t)
         weight = self.patch_embedding.weight
         # A convolution whose stride is its kernel is a linear map of the patches.
         tokens = patchify(latents.to(weight.dtype), self.config.patch_size)
-        x = F.linear(tokens, weight.flatten(1), self.patch_embedding.bias).float()
+        tokens = F.linear(tokens, weight.flatten(1), self.patch_embedding.bias)
+        residual = wide(tokens.dtype) if self.residual == "float32" else torch.bfloat16
+        x = tokens.to(residual)
         time, modulation = self._embed_time(t.reshape(t.shape[0], -1))
-        text = self.text_embedding(context.to(weight.dtype))
+        layers: Sequence[Context | tuple[KeysValues, ...]]
+        if isinstance(context, EncodedContext):
+            layers = context.layers
+        else:
+            self._check_context(context, image_context)
+            layers = [self._embed_context(context, image_context)] * len(self.blocks)
+        angles = rope_table(grid, self.config.head_dim, latents.device)
+        for block, seen in zip(self.blocks, layers, strict=True):
+            x = block(x, modulation, angles, seen, tokens.dtype)
+        return unpatchify(self.head(x, time), grid, self.config.patch_size)
+
+    def _blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
+    def _embed_context(self, context: torch.Tensor, image_context: torch.Tensor | None) -> Context:
+        """Text and image embeddings as tokens of the model's width."""
+        text = self.text_embedding(context.to(self.patch_embedding.weight.dtype))
         image = None
         if self.img_emb is not None and image_context is not None:
             image = self.img_emb(image_context)
-        rope = rope_table(grid, self.config.head_dim, latents.device)
-        for block in self.blocks:
-            x = block(x, modulation, rope, text, image)
-        return unpatchify(self.head(x, time), grid, self.config.patch_size)
+        return Context(text, image)
 
     def _embed_time(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """t (B, n) -> embedding (B, n, D) and block modulation (B, n, 6, D), float32."""
@@ -247,13 +357,17 @@ class WanModel(nn.Module):
             time = self.time_embedding(sinusoid.to(next(self.time_embedding.parameters()).dtype))
             return time.float(), self.time_projection(time).unflatten(-1, (6, -1)).float()
 
-    def _grid(
-        self,
-        latents: torch.Tensor,
-        t: torch.Tensor,
-        context: torch.Tensor,
-        image_context: torch.Tensor | None,
-    ) -> tuple[int, int, int]:
+    def _check_context(self, context: torch.Tensor, image_context: torch.Tensor | None) -> None:
+        c = self.config
+        if context.ndim != 3 or context.shape[-1] != c.text_dim:
+            raise ValueError(
+                f"context has shape {tuple(context.shape)}, expected (B, text_len, {c.text_dim})"
+            )
+        if (image_context is None) != (c.image_dim is None):
+            state = "needs" if c.image_dim is not None else "has no use for"
+            raise ValueError(f"this model {state} image_context (CLIP features)")
+
+    def _grid(self, latents: torch.Tensor, t: torch.Tensor) -> tuple[int, int, int]:
         """Tokens along time, height, width; raises where an input does not fit the model."""
         c = self.config
         if latents.ndim != 5 or latents.shape[1] != c.in_dim:
@@ -264,13 +378,6 @@ class WanModel(nn.Module):
             raise ValueError(
                 f"latent size {tuple(latents.shape[2:])} is not a multiple of patch {c.patch_size}"
             )
-        if context.ndim != 3 or context.shape[-1] != c.text_dim:
-            raise ValueError(
-                f"context has shape {tuple(context.shape)}, expected (B, text_len, {c.text_dim})"
-            )
-        if (image_context is None) != (c.image_dim is None):
-            state = "needs" if c.image_dim is not None else "has no use for"
-            raise ValueError(f"this model {state} image_context (CLIP features)")
         frames, height, width = (
             size // patch for size, patch in zip(latents.shape[2:], c.patch_size, strict=True)
         )

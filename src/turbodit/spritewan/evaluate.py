@@ -141,6 +141,24 @@ def judged(
     return {name: round(total / len(scenes), 2) for name, total in totals.items()}
 
 
+def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Squared Fréchet distance of two Gaussians fitted to features (arXiv:1706.08500).
+
+    |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr(sqrt(C1 C2)). With X and Y the features less their
+    means, C1 = X^T X / (n - 1) and so on, and the last trace is the sum of the singular values
+    of X Y^T, or of the triangles of their QR decompositions: no root of a singular matrix.
+
+    Args:
+        one, other: features of at least two clips each, (n, D) and (m, D).
+    """
+    one, other = one.double(), other.double()
+    mean = (one.mean(dim=0) - other.mean(dim=0)).square().sum()
+    x = (one - one.mean(dim=0)) / (len(one) - 1) ** 0.5
+    y = (other - other.mean(dim=0)) / (len(other) - 1) ** 0.5
+    overlap = torch.linalg.svdvals(torch.linalg.qr(x).R @ torch.linalg.qr(y).R.T).sum()
+    return (mean + x.square().sum() + y.square().sum() - 2 * overlap).item()
+
+
 def _batches(scenes: Sequence[Scene], size: int) -> list[Sequence[Scene]]:
     return [scenes[start : start + size] for start in range(0, len(scenes), size)]
 

@@ -1,13 +1,15 @@
-"""What attention back-ends change in SpriteWan's videos: same prompts, same noise.
+"""What faster modes change in SpriteWan's videos: same prompts, same noise.
 
-    python benchmarks/attention_quality.py
-    python benchmarks/attention_quality.py --device cpu --clips 2 --steps 4   # to see that it runs
+    python benchmarks/quality.py
+    python benchmarks/quality.py --device cpu --clips 2 --steps 4   # to see that it runs
 
-For each back-end: PSNR of its videos against those of `sdpa` (mean and worst clip), and the
+For each mode: PSNR of its videos against those of the exact one (mean and worst clip); the
 share of clips, in percent, in which the judge finds the object, the motion and the background
-of the prompt. Another exact back-end, `sdpa-math`, shows what rounding alone changes.
+of the prompt; and the Fréchet distance between the judge's features of the videos and of the
+scenes that the prompts were written for. `sdpa-math`, another exact back-end, shows what
+rounding alone changes.
 
-Writes `<out>/<date>-<device>-attention-quality.json` and prints a table in markdown.
+Writes `<out>/<date>-<device>-quality.json` and prints a table in markdown.
 """
 
 from __future__ import annotations
@@ -24,18 +26,29 @@ import tyro
 
 from turbodit.pipeline import Pipeline
 from turbodit.spritewan import evaluate
+from turbodit.spritewan.evaluate import frechet_distance
 from turbodit.spritewan.judge import load_judge
 from turbodit.spritewan.train_vae import decibels
 from turbodit.spritewan.world import HELD_OUT, scene
 
-BASELINE = "sdpa"
-# Settings of each; its first word names the back-end.
-CONTENDERS: dict[str, dict[str, Any]] = {
+BASELINE = "exact"
+LABELS = ("object", "motion", "background", "frechet")
+# What `Pipeline.from_pretrained` is given for each.
+MODES: dict[str, dict[str, Any]] = {
     BASELINE: {},
-    "sdpa-math": {},
-    "sage": {},
-    "sparge 0.75": {"ratio": 0.75},
-    "sparge 0.5": {"ratio": 0.5},
+    "sdpa-math": {"attention": "sdpa-math"},
+    "residual bfloat16": {"residual": "bfloat16"},
+    "int8-block": {"linear": "int8-block"},
+    "int8-channel": {"linear": "int8-channel"},
+    "fp8": {"linear": "fp8-channel"},
+    "sage": {"attention": "sage"},
+    "sage, fp8, residual bfloat16": {
+        "attention": "sage",
+        "linear": "fp8-channel",
+        "residual": "bfloat16",
+    },
+    "sparge 0.75": {"attention": "sparge", "attention_settings": {"ratio": 0.75}},
+    "sparge 0.5": {"attention": "sparge", "attention_settings": {"ratio": 0.5}},
 }
 
 
@@ -47,6 +60,7 @@ class Options:
     steps: int = 20
     seed: int = 0
     batch: int = 32
+    modes: tuple[str, ...] = tuple(MODES)
 
 
 def psnr(videos: torch.Tensor, baseline: torch.Tensor) -> dict[str, float]:
@@ -63,22 +77,21 @@ def measured(options: Options) -> dict[str, dict[str, float]]:
     scenes = [scene(HELD_OUT + index) for index in range(options.clips)]
     settings = evaluate.Options(out=options.out, seed=options.seed, batch=options.batch)
     judge = load_judge(device=options.device)
+    truth = evaluate.ground_truth(scenes, settings, torch.device(options.device))
+    features = judge.predict(truth).features
     rows: dict[str, dict[str, float]] = {}
-    for name, of_attention in CONTENDERS.items():
-        pipe = Pipeline.from_pretrained(
-            "spritewan",
-            device=options.device,
-            attention=name.split()[0],
-            attention_settings=of_attention,
-        )
+    for name in dict.fromkeys((BASELINE, *options.modes)):
+        pipe = Pipeline.from_pretrained("spritewan", device=options.device, **MODES[name])
         start = time.monotonic()
         videos = evaluate.from_text(pipe, scenes, options.steps, settings)
         seconds = round(time.monotonic() - start, 1)
         if name == BASELINE:
             baseline = videos
+        distance = frechet_distance(judge.predict(videos).features, features)
         rows[name] = {
             **psnr(videos, baseline),
             **evaluate.judged(judge, videos, scenes, settings),
+            "frechet": round(distance, 3),
             "seconds": seconds,
         }
         print(f"{name}: {rows[name]}", flush=True)
@@ -87,12 +100,12 @@ def measured(options: Options) -> dict[str, dict[str, float]]:
 
 def markdown(rows: dict[str, dict[str, float]]) -> str:
     lines = [
-        "| | PSNR, mean | worst | object | motion | background |",
-        "|---|---|---|---|---|---|",
+        "| | PSNR, mean | worst | object | motion | background | Fréchet |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         first = "| | |" if name == BASELINE else f"| {row['mean_psnr']} | {row['worst_psnr']} |"
-        judged = " | ".join(str(row[label]) for label in ("object", "motion", "background"))
+        judged = " | ".join(str(row[label]) for label in LABELS)
         lines.append(f"| {name} {first} {judged} |")
     return "\n".join(lines) + "\n"
 
@@ -110,7 +123,7 @@ def main(options: Options) -> None:
         "results": rows,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    name = f"{date.today()}-{device.replace(' ', '-').lower()}-attention-quality"
+    name = f"{date.today()}-{device.replace(' ', '-').lower()}-quality"
     (options.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     print(markdown(rows))
 

@@ -1,0 +1,123 @@
+"""A DiT's step as one CUDA graph: its kernels are recorded once and launched together.
+
+A step of the 1.3B model is hundreds of kernels of some tens of microseconds; launched one by
+one from Python they would take longer to launch than to run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from turbodit.model.wan import EncodedContext, WanModel
+
+WARM_UP = 2  # runs before the recording: kernels are compiled, workspaces and tables made
+
+
+@dataclass
+class _Recording:
+    """A graph, and the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    latents: torch.Tensor
+    t: torch.Tensor
+    context: list[torch.Tensor]
+    velocity: torch.Tensor
+    loaded: EncodedContext  # what `context` is a copy of
+    memory: int  # bytes that stay taken for it
+
+    def fits(self, inputs: list[torch.Tensor]) -> bool:
+        own = [self.latents, self.t, *self.context]
+        return [(x.shape, x.dtype) for x in own] == [(x.shape, x.dtype) for x in inputs]
+
+
+class StepGraph:
+    """A WanModel for inference, called like the model itself, that replays a CUDA graph.
+
+    The graph holds for one set of shapes. It is recorded at the first call with them, and the
+    one before is given up. Its memory (activations, inputs, and keys and values of the context)
+    stays taken until then, or until `release`.
+
+    Args:
+        model: on a GPU; its weights must stay where they are.
+        shared: another graph, whose memory for activations this one uses as well: two experts
+            take turns, and need it once.
+    """
+
+    def __init__(self, model: WanModel, shared: StepGraph | None = None) -> None:
+        self.model = model
+        self._pool: Any
+        self._pool = torch.cuda.graph_pool_handle() if shared is None else shared._pool
+        self._recording: _Recording | None = None
+
+    @property
+    def memory(self) -> int:
+        """Bytes on the GPU that stay taken for the graph."""
+        return 0 if self._recording is None else self._recording.memory
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        context: torch.Tensor | EncodedContext,
+        image_context: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `WanModel.forward`, without gradients; the result is the caller's to keep.
+
+        Raises:
+            ValueError: as `WanModel.forward`, or the latents are not on a GPU.
+            torch.OutOfMemoryError: the recording does not fit the GPU.
+        """
+        if not isinstance(context, EncodedContext):
+            context = self.model.encode_context(context, image_context)
+        recording = self._recording
+        if recording is None or not recording.fits([latents, t, *context.tensors()]):
+            self.release()
+            recording = self._recording = self._record(latents, t, context)
+        if context is not recording.loaded:
+            torch._foreach_copy_(recording.context, context.tensors())
+            recording.loaded = context
+        recording.latents.copy_(latents)
+        recording.t.copy_(t)
+        recording.graph.replay()
+        return recording.velocity.clone()
+
+    def release(self) -> None:
+        """Give up the graph and its memory; the next call records anew."""
+        self._recording = None
+
+    def _record(
+        self, latents: torch.Tensor, t: torch.Tensor, context: EncodedContext
+    ) -> _Recording:
+        device = latents.device
+        if device.type != "cuda":
+            raise ValueError(f"a CUDA graph needs a GPU, the latents are on {device}")
+        torch.cuda.empty_cache()  # what is cached, a graph could not use
+        before = torch.cuda.memory_reserved(device)
+        latents, t = latents.clone(), t.clone()
+        own = EncodedContext(
+            tuple(tuple((k.clone(), v.clone()) for k, v in pairs) for pairs in context.layers)
+        )
+        # Not on the default stream: what runs there cannot be recorded.
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                torch.cuda.reset_peak_memory_stats(device)
+                before_step = torch.cuda.memory_allocated(device)
+                self.model(latents, t, own)
+            needed = torch.cuda.max_memory_allocated(device) - before_step
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            # One piece of memory, given back at once, that all activations are cut from. Pieces
+            # as they come would leave gaps too small for the larger ones that follow.
+            torch.empty(needed, dtype=torch.uint8, device=device)
+            velocity = self.model(latents, t, own)
+        memory = torch.cuda.memory_reserved(device) - before
+        return _Recording(graph, latents, t, own.tensors(), velocity, context, memory)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from tests.benchmark.tiny import CPU, WORKLOAD, silent
+
+from turbodit.benchmark import e2e
+from turbodit.benchmark.e2e import Options, StagePeaks, summary
+
+
+def test_every_stage_has_its_time_cold_and_warm():
+    options = Options(
+        repeats=2,
+        build={"attention": "sagesla", "linear": "int8-channel", "residual": "float32"},
+        request={"steps": 2, "solver": "few-step"},
+    )
+    report = e2e.report(WORKLOAD, CPU, options, silent)
+    numbers = report.numbers
+    stages = {"text", "denoise", "denoise_step", "decode", "write", "total"}
+    assert set(numbers["cold_seconds"]) == stages == set(numbers["warm_seconds"])
+    assert numbers["warm_seconds"]["denoise"]["n"] == 2
+    assert numbers["settings"]["steps"] == 2
+    assert numbers["weights"] == "random"
+    assert numbers["host_peak_gib"] > 0
+    assert "attention sagesla" in report.markdown
+    assert "| of it one step |" in report.markdown
+
+
+def test_the_embedded_model_has_its_own_weights(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        e2e.Pipeline, "from_pretrained", lambda name, **options: seen.update(options, name=name)
+    )
+    workload = e2e.Workload.of("spritewan")
+    e2e.load(workload, CPU, {"attention": "sagesla"})
+    blocks = {"ratio": 0.1, "block_q": 16, "block_k": 16}
+    assert seen == {
+        "name": "spritewan",
+        "device": CPU,
+        "attention": "sagesla",
+        "attention_settings": blocks,
+    }
+
+
+def test_total_is_of_the_stages_and_the_first_is_apart():
+    def video(seconds: float) -> dict:
+        return {
+            "seconds": {"denoise": seconds, "total": seconds},
+            "peak_gib": {"denoise": seconds / 10},
+            "settings": {},
+        }
+
+    found = summary(5.0, [video(9.0), video(2.0), video(4.0)])
+    assert found["cold_seconds"]["denoise"] == 9.0
+    assert found["warm_seconds"]["denoise"] == {"min": 2.0, "median": 3.0, "max": 4.0, "n": 2}
+    assert found["peak_gib"] == {"denoise": pytest.approx(0.9)}
+
+
+def test_stages_of_a_gpu_have_their_own_peaks(monkeypatch):
+    resets = []
+    monkeypatch.setattr(e2e, "reset_peak", resets.append)
+    pipe = SimpleNamespace(device="cuda", peak_memory=0)
+    peaks = StagePeaks(pipe)
+    for stage, done, gib in [
+        ("denoise", 0, 9),
+        ("denoise", 1, 1),
+        ("denoise", 2, 3),
+        ("denoise", 3, 2),
+        ("decode", 0, 3),
+        ("decode", 1, 5),
+    ]:
+        pipe.peak_memory = gib * 2**30
+        peaks(stage, done, 3)
+    assert peaks.peaks == {"denoise": 3.0, "decode": 5.0}
+    assert len(resets) == 2
+
+
+def test_stages_of_a_cpu_have_none():
+    peaks = StagePeaks(SimpleNamespace(device=CPU, peak_memory=None))
+    peaks("denoise", 1, 1)
+    assert peaks.peaks == {}
