@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -73,13 +74,12 @@ def psnr(videos: torch.Tensor, baseline: torch.Tensor) -> dict[str, float]:
     return {"mean_psnr": round(sum(values) / len(values), 2), "worst_psnr": round(min(values), 2)}
 
 
-def measured(options: Options) -> dict[str, dict[str, float]]:
+def measured(options: Options) -> Iterator[tuple[str, dict[str, float]]]:
     scenes = [scene(HELD_OUT + index) for index in range(options.clips)]
     settings = evaluate.Options(out=options.out, seed=options.seed, batch=options.batch)
     judge = load_judge(device=options.device)
     truth = evaluate.ground_truth(scenes, settings, torch.device(options.device))
     features = judge.predict(truth).features
-    rows: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys((BASELINE, *options.modes)):
         pipe = Pipeline.from_pretrained("spritewan", device=options.device, **MODES[name])
         start = time.monotonic()
@@ -88,14 +88,13 @@ def measured(options: Options) -> dict[str, dict[str, float]]:
         if name == BASELINE:
             baseline = videos
         distance = frechet_distance(judge.predict(videos).features, features)
-        rows[name] = {
+        row = {
             **psnr(videos, baseline),
             **evaluate.judged(judge, videos, scenes, settings),
             "frechet": round(distance, 3),
             "seconds": seconds,
         }
-        print(f"{name}: {rows[name]}", flush=True)
-    return rows
+        yield name, row
 
 
 def markdown(rows: dict[str, dict[str, float]]) -> str:
@@ -110,9 +109,7 @@ def markdown(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(options: Options) -> None:
-    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    rows = measured(options)
+def write(rows: dict[str, dict[str, float]], options: Options, device: str) -> None:
     results = {
         "device": device,
         "torch": torch.__version__,
@@ -123,8 +120,19 @@ def main(options: Options) -> None:
         "results": rows,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    name = f"{date.today()}-{device.replace(' ', '-').lower()}-quality"
-    (options.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    name = f"{date.today()}-{device.replace(' ', '-').lower()}-quality.json"
+    partial = options.out / f"{name}.partial"
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(options.out / name)
+
+
+def main(options: Options) -> None:
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    rows: dict[str, dict[str, float]] = {}
+    for name, row in measured(options):
+        print(f"{name}: {row}", flush=True)
+        rows[name] = row
+        write(rows, options, device)  # after each: a run that is cut short keeps what it has
     print(markdown(rows))
 
 

@@ -13,6 +13,7 @@ from turbodit.attention import BACKENDS, attention_function, available
 from turbodit.attention.sage import sageattn
 from turbodit.kernels.quantized_attention import PV_FORMATS, quantized_attention, reference
 
+kernels = pytest.importorskip("turbodit.kernels.quantized_attention.triton")
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
@@ -40,17 +41,31 @@ def inputs(
     return rows(length_q, heads), k + 3 * k[:1, :1], rows(length_k, heads_kv) + 1
 
 
-def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
+def fused_inputs(length: int) -> tuple[torch.Tensor, ...]:
+    """q, k, v as one product gives them: rows of 3 H D elements."""
+    generator = torch.Generator(CUDA).manual_seed(length)
+    shape = (2, length, 3, 3, 128)
+    qkv = torch.randn(shape, generator=generator, device=CUDA).bfloat16()
+    qkv[:, :, 2] += 1
+    return qkv.unbind(2)
+
+
+def exact(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None = None
+) -> torch.Tensor:
+    """float64 attention; visible bool, broadcast to (B,H,Lq,Lk)."""
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2).double() for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
 
 
-def random_map(q: torch.Tensor, k: torch.Tensor, block_q: int, block_k: int) -> dict[str, Any]:
+def random_map(
+    q: torch.Tensor, k: torch.Tensor, block_q: int, block_k: int, kept: int | None = None
+) -> dict[str, Any]:
     (batch, length_q, heads, _), length_k = q.shape, k.shape[1]
     blocks_q, blocks_k = -(-length_q // block_q), -(-length_k // block_k)
-    kept = (blocks_k + 3) // 4
+    kept = kept or (blocks_k + 3) // 4
     order = torch.rand(batch, heads, blocks_q, blocks_k, device=CUDA).argsort(-1)
     counts = torch.randint(0, kept + 1, (batch, heads, blocks_q), device=CUDA)
     return {"indices": order[..., :kept].int(), "counts": counts.int()}
@@ -110,7 +125,9 @@ def test_causal_with_shared_key_heads(length_q: int, length_k: int, pv: str) -> 
 
 @pytest.mark.parametrize("pv", PV_FORMATS)
 def test_shared_key_heads(pv: str) -> None:
-    compare(*inputs(1111, 1000, heads=6, heads_kv=2, batch=2), pv=pv)
+    q, k, v = inputs(1111, 1000, heads=6, heads_kv=2, batch=2)
+    compare(q, k, v, pv=pv)
+    compare(q, k, v, **random_map(q, k, 128, 64), pv=pv)
 
 
 @pytest.mark.parametrize("pv", PV_FORMATS)
@@ -205,6 +222,91 @@ def test_what_a_gpu_refuses() -> None:
         quantized_attention(q[..., :80], k[..., :80], v[..., :80])
     with pytest.raises(ValueError, match="contiguous"):
         quantized_attention(*(x.transpose(1, 3)[:, :64] for x in (q, k, v)))
+
+
+# The kernel for Hopper.
+
+
+@pytest.fixture
+def hopper_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of listed blocks with each call of the kernel."""
+    if torch.cuda.get_device_capability() != (9, 0) or kernels.TRITON_VERSION < (3, 6):
+        pytest.skip("needs compute capability 9.0 and Triton 3.6")
+    from turbodit.kernels.quantized_attention import hopper
+
+    calls = []
+    attend = hopper.attend
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        indices = arguments[5]
+        calls.append(0 if indices is None else indices.shape[-1])
+        return attend(*arguments)
+
+    monkeypatch.setattr(hopper, "attend", counted)
+    return calls
+
+
+def test_what_the_hopper_kernel_is_for(hopper_calls: list[int]) -> None:
+    q, k, v = inputs(300, 300)
+    sparse = random_map(q, k, 128, 64)
+    taken = [{}, sparse, {"indices": sparse["indices"]}, sparse | {"linear": random_linear(q)}]
+    for settings in taken:
+        quantized_attention(q, k, v, pv="fp8", **settings)
+    assert hopper_calls == [0, 2, 2, 2]
+    left = [{"causal": True}, {"pv_threshold": 4.0}, {"smooth_v": True}, {"block_q": 64}]
+    for settings in left:
+        quantized_attention(q, k, v, pv="fp8", **settings)
+    quantized_attention(q, k, v, pv="fp16")
+    quantized_attention(*inputs(300, 300, dim=64), pv="fp8")
+    assert len(hopper_calls) == len(taken)
+
+
+@pytest.mark.parametrize("length", [129, 1000, 1111])
+def test_hopper_kernel_after_a_fused_product(length: int, hopper_calls: list[int]) -> None:
+    q, k, v = fused_inputs(length)
+    sparse = random_map(q, k, 128, 64)
+    sparse["counts"][:, 0, 0] = 0
+    compare(q, k, v, pv="fp8")
+    compare(q, k, v, pv="fp8", indices=sparse["indices"])
+    compare(q, k, v, pv="fp8", **sparse)
+    compare(q, k, v, pv="fp8", **sparse, linear=random_linear(q))
+    assert len(hopper_calls) == 4
+
+
+@pytest.mark.parametrize("listed", [128, 129, 140])
+def test_hopper_kernel_with_long_lists(listed: int, hopper_calls: list[int]) -> None:
+    q, k, v = inputs(1000, 9001)
+    sparse = random_map(q, k, 128, 64, kept=listed)
+    compare(q, k, v, pv="fp8", indices=sparse["indices"])
+    compare(q, k, v, pv="fp8", **sparse, linear=random_linear(q))
+    assert hopper_calls == [listed, listed]
+
+
+@pytest.mark.parametrize(("mean", "limit"), [(0, 0.04), (1, 0.006)])
+def test_accuracy_with_long_lists(mean: float, limit: float, hopper_calls: list[int]) -> None:
+    """Sums over many keys that add up, too: fp8 tensor cores drop bits, always downwards."""
+    q, k, v = torch.randn(3, 1, 9001, 2, 128, device=CUDA).bfloat16()
+    q, v = q[:, :1000], v + mean
+    indices = random_map(q, k, 128, 64, kept=140)["indices"]
+    blocks = torch.zeros(1, 2, 8, 141, dtype=torch.bool, device=CUDA)
+    blocks.scatter_(-1, indices.long(), True)
+    visible = blocks.repeat_interleave(128, 2).repeat_interleave(64, 3)[:, :, :1000, :9001]
+    out = quantized_attention(q, k, v, indices=indices, pv="fp8")
+    assert relative_error(out, exact(q, k, v, visible)) < limit
+    dense = quantized_attention(q, k, v, pv="fp8")
+    assert relative_error(dense, exact(q, k, v)) < limit
+    assert hopper_calls == [140, 0]
+
+
+def test_hopper_kernel_repeats_itself(hopper_calls: list[int]) -> None:
+    """Whatever order its copies and products come in."""
+    q, k, v = inputs(4097, 4097, heads=5, heads_kv=5, batch=2)
+    settings = random_map(q, k, 128, 64) | {"linear": random_linear(q), "pv": "fp8"}
+    want = quantized_attention(q, k, v, **settings)
+    assert all(torch.equal(quantized_attention(q, k, v, **settings), want) for _ in range(30))
+    want = quantized_attention(q, k, v, pv="fp8")
+    assert all(torch.equal(quantized_attention(q, k, v, pv="fp8"), want) for _ in range(30))
+    assert len(hopper_calls) == 62
 
 
 # Back-ends.

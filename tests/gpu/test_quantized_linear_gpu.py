@@ -25,8 +25,9 @@ SIZES = [(32760, 1536, 8960), (32760, 8960, 1536), (4097, 5120, 5120), (1000, 13
 ODD_SIZES = [
     (m, k, n) for m in (1, 2, 16, 17, 127, 128, 129) for k, n in ((1536, 256), (1000, 300))
 ]
-# fp8 tensor cores of 8.9 and 9.0 add with about 14 bits: of a sum of magnitudes.
-FP8_SUM = 2.0**-12
+# fp8 tensor cores of 8.9 and 9.0 add with about 14 bits: of a sum of magnitudes. Our kernel moves
+# its sums into float32 after every tile of K, torch._scaled_mm does not.
+FP8_SUM = {"triton": 2.0**-12, "scaled_mm": 2.0**-10, None: 2.0**-10}
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def check(m: int, k: int, n: int, format: str, which: str | None, dtype: torch.d
     b = reference.dequantize(*weight, format).double()
     want = a @ b.t() + bias.double()
     magnitude = a.abs() @ b.abs().t() + bias.double().abs()
-    of_sums = FP8_SUM if format == "fp8-channel" else k * 2.0**-31
+    of_sums = FP8_SUM[which] if format == "fp8-channel" else k * 2.0**-31
     error = (y[rows].double() - want).abs()
     assert (error <= torch.finfo(dtype).eps * want.abs() + of_sums * magnitude).all()
 
@@ -90,7 +91,7 @@ def test_any_size(format: str, which: str | None) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_tiles_without_tma_and_persistent_ones(format: str) -> None:
+def test_tiles_without_tma_and_in_other_groups(format: str) -> None:
     skip_without_fp8(format)
     from turbodit.kernels.quantized_linear import triton
 
@@ -99,7 +100,7 @@ def test_tiles_without_tma_and_persistent_ones(format: str) -> None:
     arguments = (*activation, *weight, None, format, torch.float32)
     tile = triton._choice(CUDA, format).tile
     want = triton.multiply(*arguments, tile)
-    for change in ({"tma": False}, {"tma": True, "persistent": True}, {"group": 3}):
+    for change in ({"tma": False}, {"tma": True}, {"group": 3}):
         if change.get("tma") and torch.cuda.get_device_capability() < (9, 0):
             continue
         other = triton.multiply(*arguments, tile._replace(**change))
@@ -121,11 +122,15 @@ def test_quantised_activations_are_those_of_a_cpu(
         want = ops.quantize_activation(x[:, :columns], format, activation)
         if activation == "none":
             assert torch.equal(got.scale.cpu(), want.scale)
-            # A GPU rounds x * (1 / s) and its rounding to an integer at once.
-            other = (got.values.cpu().float() - want.values.float()).abs()
-            assert other.max() <= (format == "int8-channel") and other.mean() < 1e-5
+            if format == "int8-channel":
+                # A GPU rounds x * (1 / s) and to an integer at once: halves may go either way.
+                exact = x[:, :columns].float() / want.scale
+                assert (exact - got.values.cpu().float()).abs().max() <= 0.5001
+            else:
+                assert torch.equal(got.values.cpu().float(), want.values.float())
             continue
-        torch.testing.assert_close(got.scale.cpu(), want.scale, rtol=1e-6, atol=0)
+        # Far from zero GELU is the small difference of large numbers.
+        torch.testing.assert_close(got.scale.cpu(), want.scale, rtol=1e-4, atol=1e-9)
         # Where GELU is rounded otherwise, now and then the next value is chosen.
         same = got.values.cpu().float() == want.values.float()
         assert same.float().mean() > 0.999

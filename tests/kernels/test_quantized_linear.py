@@ -333,12 +333,11 @@ def test_matmul_kernel(m: int, k: int, n: int, format: str) -> None:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.skipif(triton.TensorDescriptor is None, reason="needs Triton 3.4")
-@pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("format", FORMATS)
-def test_matmul_kernel_with_tma(format: str, persistent: bool) -> None:
+def test_matmul_kernel_with_tma(format: str) -> None:
     for m, k, n in ((150, 208, 140), (3, 16, 5)):
         x, weight, bias = operands(m, k, n, format)
-        tile = triton.Tile(64, 32, 128, 4, 2, tma=True, persistent=persistent, group=2)
+        tile = triton.Tile(64, 32, 128, 4, 2, tma=True, group=2)
         y = triton.multiply(*x, *weight, bias, format, torch.float32, tile)
         assert_exact(y, x, weight, bias, format, roundings=16)
 
@@ -475,7 +474,7 @@ def test_matmul_kernel_compiles(format: str, tile: triton.Tile) -> None:
             for name, rows in (("x", tile.m), ("w", tile.n))
         }
     constants = {
-        "FORMAT": format, "TMA": tile.tma, "EVEN_K": tile.tma, "PERSISTENT": tile.persistent,
+        "FORMAT": format, "TMA": tile.tma, "EVEN_K": tile.tma,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group,
     }  # fmt: skip
     assert_compiles(

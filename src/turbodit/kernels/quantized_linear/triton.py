@@ -40,7 +40,6 @@ class Tile(NamedTuple):
     warps: int
     stages: int  # tiles of K on their way at once, and being read
     tma: bool = False
-    persistent: bool = False  # as many programs as multiprocessors, each with several tiles
     group: int = 8  # tiles of M side by side
 
 
@@ -63,7 +62,7 @@ CHOICES = {
     (89, "int8-channel"): Choice("triton", Tile(128, 128, 64, 4, 3)),
     (89, "fp8-channel"): Choice("triton", Tile(128, 64, 128, 4, 3)),
     (90, "int8-block"): Choice("triton", Tile(128, 128, 128, 8, 4, tma=True, group=16)),
-    (90, "int8-channel"): Choice("triton", Tile(128, 256, 128, 8, 3, tma=True, persistent=True)),
+    (90, "int8-channel"): Choice("triton", Tile(256, 128, 128, 8, 4, tma=True)),
     (90, "fp8-channel"): Choice("scaled_mm", Tile(128, 128, 128, 8, 4, tma=True)),
     (100, "int8-block"): Choice("triton", Tile(128, 128, 128, 8, 3)),
     (100, "int8-channel"): Choice("triton", Tile(128, 128, 128, 8, 3)),
@@ -73,7 +72,6 @@ CHOICES = {
     (120, "fp8-channel"): Choice("triton", Tile(128, 64, 128, 4, 3)),
 }
 INTERPRETER = Choice("triton", Tile(32, 32, 64, 4, 2))
-MULTIPROCESSORS_OF_INTERPRETER = 2
 
 # Elements of a row that a thread takes at a time, and how many times it may.
 _VECTOR, _PIECES = 8, 9
@@ -213,7 +211,7 @@ def _load_tile(
 @triton.jit(do_not_specialize=_ROWS)
 def _matmul_kernel(
     x, w, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, M, N, K,
-    FORMAT: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, PERSISTENT: tl.constexpr,
+    FORMAT: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """y (M, N) = x (M, K) w (N, K)^T, scaled, + bias; x and w: pointers, or descriptors with TMA.
@@ -222,30 +220,28 @@ def _matmul_kernel(
     BLOCK_N divide it.
     """
     PRODUCT: tl.constexpr = tl.float32 if FORMAT == "fp8-channel" else tl.int32
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=PERSISTENT):
-        m, n = _place(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
-        x_scales = x_scale_ptr + m // _BLOCK * tl.cdiv(K, _BLOCK)
-        w_scales = w_scale_ptr + n // _BLOCK * tl.cdiv(K, _BLOCK)
-        product, scale = tl.zeros((BLOCK_M, BLOCK_N), PRODUCT), 0.0
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, K, BLOCK_K):
-            a = _load_tile(x, m, k, M, K, BLOCK_M, BLOCK_K, TMA, EVEN_K)
-            b = _load_tile(w, n, k, N, K, BLOCK_N, BLOCK_K, TMA, EVEN_K).T
-            if FORMAT == "int8-channel":
-                product = tl.dot(a, b, product, out_dtype=PRODUCT)
-            else:
-                # The last product is added up while the tensor cores make this one.
-                next_product, next_scale = tl.dot(a, b, out_dtype=PRODUCT), 1.0
-                if FORMAT == "int8-block":
-                    next_scale = tl.load(x_scales + k // _BLOCK) * tl.load(w_scales + k // _BLOCK)
-                total += product.to(tl.float32) * scale
-                product, scale = next_product, next_scale
+    m, n = _place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
+    x_scales = x_scale_ptr + m // _BLOCK * tl.cdiv(K, _BLOCK)
+    w_scales = w_scale_ptr + n // _BLOCK * tl.cdiv(K, _BLOCK)
+    product, scale = tl.zeros((BLOCK_M, BLOCK_N), PRODUCT), 0.0
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = _load_tile(x, m, k, M, K, BLOCK_M, BLOCK_K, TMA, EVEN_K)
+        b = _load_tile(w, n, k, N, K, BLOCK_N, BLOCK_K, TMA, EVEN_K).T
         if FORMAT == "int8-channel":
-            total = product.to(tl.float32)
+            product = tl.dot(a, b, product, out_dtype=PRODUCT)
         else:
+            # The last product is added up while the tensor cores make this one.
+            next_product, next_scale = tl.dot(a, b, out_dtype=PRODUCT), 1.0
+            if FORMAT == "int8-block":
+                next_scale = tl.load(x_scales + k // _BLOCK) * tl.load(w_scales + k // _BLOCK)
             total += product.to(tl.float32) * scale
-        _store_tile(total, m, n, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, M, N, FORMAT)
+            product, scale = next_product, next_scale
+    if FORMAT == "int8-channel":
+        total = product.to(tl.float32)
+    else:
+        total += product.to(tl.float32) * scale
+    _store_tile(total, m, n, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, M, N, FORMAT)
 
 
 @triton.jit
@@ -357,10 +353,9 @@ def multiply(
         (_described(x, tile.m, tile.k), _described(weight, tile.n, tile.k)) if tma else (x, weight)
     )
     tiles = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
-    programs = min(tiles, _multiprocessors(x.device)) if tile.persistent else tiles
-    _matmul_kernel[(programs,)](
+    _matmul_kernel[(tiles,)](
         a, b, x_scale, weight_scale, bias, y, m, n, k,
-        FORMAT=format, TMA=tma, EVEN_K=k % tile.k == 0, PERSISTENT=tile.persistent,
+        FORMAT=format, TMA=tma, EVEN_K=k % tile.k == 0,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -465,9 +460,3 @@ def _can_describe(*tensors: torch.Tensor) -> bool:
 
 def _described(x: torch.Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor.from_tensor(x, [rows, columns])
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return MULTIPROCESSORS_OF_INTERPRETER
-    return torch.cuda.get_device_properties(device).multi_processor_count
