@@ -129,11 +129,11 @@ def test_quantised_activations_are_those_of_a_cpu(
             else:
                 assert torch.equal(got.values.cpu().float(), want.values.float())
             continue
-        # Far from zero GELU is the small difference of large numbers.
-        torch.testing.assert_close(got.scale.cpu(), want.scale, rtol=1e-4, atol=1e-9)
-        # Where GELU is rounded otherwise, now and then the next value is chosen.
-        same = got.values.cpu().float() == want.values.float()
-        assert same.float().mean() > 0.999
+        if columns > 1:  # alone in its row, a number far below zero is almost 0, or 0
+            torch.testing.assert_close(got.scale.cpu(), want.scale, rtol=1e-5, atol=0)
+            # Where GELU is rounded otherwise, now and then the next value is chosen.
+            same = got.values.cpu().float() == want.values.float()
+            assert same.float().mean() > 0.999
         error = reference.dequantize(*got, format).cpu() - reference.dequantize(*want, format)
         largest = F.gelu(x[:, :columns].float(), approximate="tanh").abs().amax()
         assert error.abs().max() <= largest / 8
