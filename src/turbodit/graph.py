@@ -73,8 +73,11 @@ class StepGraph:
         """
         if not isinstance(context, EncodedContext):
             context = self.model.encode_context(context, image_context)
+        # As the model does first of all: samplers of several precisions share a graph.
+        latents = latents.to(self.model.patch_embedding.weight.dtype)
         recording = self._recording
         if recording is None or not recording.fits([latents, t, *context.tensors()]):
+            recording = None  # or the memory of two would be taken at a time
             self.release()
             recording = self._recording = self._record(latents, t, context)
         if context is not recording.loaded:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from tests.benchmark.tiny import CPU
 
-from turbodit.benchmark.report import Report, environment, heading, save, spread, table
+from turbodit.benchmark.report import Report, environment, heading, line, save, spread, table
 
 REPORT = Report("step", "tiny 16x16x1", {"tokens": 4}, "| table |\n", Image.new("RGB", (4, 4)))
 
@@ -55,3 +55,9 @@ def test_tables():
     assert table(("a", "b"), [(1, None)]) == "| a | b |\n| --- | --- |\n| 1 |  |"
     assert spread({"min": 1, "median": 2.345, "max": 30, "n": 3}, 1) == "1.0 / 2.3 / 30.0"
     assert spread(None) is None
+
+
+def test_line_tells_what_was_measured():
+    times = {"min": 1.0, "median": 2.0, "max": 3.0, "n": 3}
+    found = {"state": "measured", "eager_ms": times, "kernels_ms": {"a": 1.0}, "peak_gib": 2.5}
+    assert line(found) == "state measured, eager_ms 1.00 / 2.00 / 3.00, peak_gib 2.5"

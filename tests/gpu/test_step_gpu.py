@@ -160,6 +160,8 @@ def test_graph_replays_the_step(attention: str, format: str | None) -> None:
     torch.testing.assert_close(got, ours(latents, t, second[2]), rtol=0, atol=0)
     recorded, held = graph._recording, graph.memory
     assert held > 0
+    torch.testing.assert_close(graph(latents.double(), t, encoded), got, rtol=0, atol=0)
+    assert graph._recording is recorded
     larger = inputs(size=12)
     torch.testing.assert_close(graph(*larger), ours(*larger), rtol=0, atol=0)
     assert graph._recording is not recorded

@@ -26,7 +26,7 @@ from turbodit.benchmark.measure import (
     reset_peak,
 )
 from turbodit.benchmark.modes import ORIGINAL, RATIO, Mode, build, chosen_format
-from turbodit.benchmark.report import OUT_OF_MEMORY, Report, count, paragraphs, spread, table
+from turbodit.benchmark.report import OUT_OF_MEMORY, Report, count, line, paragraphs, spread, table
 from turbodit.benchmark.workload import Inputs, Workload, dtype_on
 from turbodit.config import SamplingConfig
 from turbodit.graph import StepGraph
@@ -152,7 +152,9 @@ def measure(
         tell(f"ladder: {rung.name}")
         free()
         found = attempt(partial(climb, rung, workload, device, options))
-        measured.append((rung, found or {"state": OUT_OF_MEMORY}))
+        found = found or {"state": OUT_OF_MEMORY}
+        tell(f"ladder: {rung.name}: {line(found, digits=4)}")
+        measured.append((rung, found))
     decoding = None
     if options.vae:
         tell("ladder: VAE")

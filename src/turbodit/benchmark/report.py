@@ -120,6 +120,17 @@ def spread(times: Mapping[str, float] | None, digits: int = 2) -> str | None:
     return " / ".join(f"{times[name]:.{digits}f}" for name in ("min", "median", "max"))
 
 
+def line(found: Mapping[str, Any], digits: int = 2) -> str:
+    """What was measured, in one line: told at once, for a run that may be cut short."""
+    cells = []
+    for name, value in found.items():
+        if isinstance(value, Mapping) and "median" in value:
+            cells.append(f"{name} {spread(value, digits)}")
+        elif isinstance(value, (int, float, str)):
+            cells.append(f"{name} {value}")
+    return ", ".join(cells)
+
+
 def percent(share: float | None) -> str | None:
     return None if share is None else f"{share:.0%}"
 

@@ -32,6 +32,7 @@ from turbodit.benchmark.profile import CLASSES, kernel_milliseconds, longest, sh
 from turbodit.benchmark.report import (
     OUT_OF_MEMORY,
     Report,
+    line,
     not_measured,
     paragraphs,
     percent,
@@ -78,6 +79,7 @@ def measure(
         free()
         keep = partial(velocities.__setitem__, name)
         found = measure_mode(mode, workload, device, options, keep)
+        tell(f"step: {name}: {line(found)}")
         rows[name] = {"label": mode.label} | found
     for name, velocity in velocities.items():
         if REFERENCE in velocities:
