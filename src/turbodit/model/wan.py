@@ -90,7 +90,9 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))
 
     def pack(self, name: str, parts: Sequence[str]) -> None:
-        """Put one layer `name` in place of several that have one input."""
+        """Put one layer `name` in place of several that have one input, unless it is there."""
+        if hasattr(self, name):
+            return
         linears = [getattr(self, part) for part in parts]
         if can_concatenate(linears):
             setattr(self, name, concatenate(linears))
