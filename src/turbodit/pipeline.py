@@ -150,7 +150,7 @@ class Pipeline:
             ValueError: a broken or unsupported file; a device that is not there; a back-end
                 that does not run on it; an offload mode that is unknown or needs a GPU.
         """
-        device = _device(device)
+        device = choose_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         _check_runs(device, attention, linear, offload)
         folder = find_model(model)
@@ -433,7 +433,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def choose_device(device: torch.device | str | None) -> torch.device:
     """The device asked for, or a GPU where there is one; an error where it is not there."""
     count = torch.cuda.device_count()
     if device is None:

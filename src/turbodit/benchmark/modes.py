@@ -198,8 +198,8 @@ class Original(nn.Module):
         }
         if latents.device.type != "cuda":
             return self.model(**arguments)[0]
-        # Where cuDNN has no kernel, as for some lengths of image tokens, the other. No set_priority:
-        # PyTorch 2.11 does not put its order back, and what is measured next would suffer.
+        # Where cuDNN has no kernel, as for some lengths of image tokens, the other. Without
+        # set_priority: PyTorch 2.11 does not put its order back, which slowed what came next.
         backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
         with sdpa_kernel(backends):
             return self.model(**arguments)[0]

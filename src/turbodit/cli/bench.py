@@ -77,9 +77,9 @@ class Measurement:
     def _device(self) -> torch.device:
         import torch
 
-        from turbodit.pipeline import _device
+        from turbodit.pipeline import choose_device
 
-        device = _device(self.device)
+        device = choose_device(self.device)
         if device.type == "cuda":
             torch.cuda.set_device(device.index or 0)
         return device
