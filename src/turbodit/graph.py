@@ -1,16 +1,19 @@
 """A DiT's step as one CUDA graph: its kernels are recorded once and launched together.
 
-A step of the 1.3B model is hundreds of kernels of some tens of microseconds; launched one by
-one from Python they would take longer to launch than to run.
+A step is hundreds of kernels. At small sizes, or with a slow CPU, they take longer to launch one
+by one from Python than to run; at full size with a fast one there is no difference
+(docs/log.md).
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from turbodit.kernels.norm import Angles
 from turbodit.model.wan import EncodedContext, WanModel
 
 WARM_UP = 2  # runs before the recording: kernels are compiled, workspaces and tables made
@@ -25,7 +28,8 @@ class _Recording:
     t: torch.Tensor
     context: list[torch.Tensor]
     velocity: torch.Tensor
-    loaded: EncodedContext  # what `context` is a copy of
+    angles: Angles  # a table that others may give up
+    loaded: weakref.ref[EncodedContext]  # what `context` is a copy of
     memory: int  # bytes that stay taken for it
 
     def fits(self, inputs: list[torch.Tensor]) -> bool:
@@ -80,9 +84,9 @@ class StepGraph:
             recording = None  # or the memory of two would be taken at a time
             self.release()
             recording = self._recording = self._record(latents, t, context)
-        if context is not recording.loaded:
+        if context is not recording.loaded():
             torch._foreach_copy_(recording.context, context.tensors())
-            recording.loaded = context
+            recording.loaded = weakref.ref(context)
         recording.latents.copy_(latents)
         recording.t.copy_(t)
         recording.graph.replay()
@@ -122,5 +126,13 @@ class StepGraph:
             # as they come would leave gaps too small for the larger ones that follow.
             torch.empty(needed, dtype=torch.uint8, device=device)
             velocity = self.model(latents, t, own)
-        memory = torch.cuda.memory_reserved(device) - before
-        return _Recording(graph, latents, t, own.tensors(), velocity, context, memory)
+        return _Recording(
+            graph,
+            latents,
+            t,
+            own.tensors(),
+            velocity,
+            angles=self.model.angles(latents),
+            loaded=weakref.ref(context),
+            memory=torch.cuda.memory_reserved(device) - before,
+        )

@@ -169,6 +169,19 @@ def test_graph_replays_the_step(attention: str, format: str | None) -> None:
     assert graph.memory == 0
 
 
+@torch.no_grad()
+def test_graph_outlives_the_tables_of_other_sizes() -> None:
+    ours, given = model(), inputs()
+    graph = StepGraph(ours)
+    want = graph(*given)
+    for size in range(2, 42, 2):  # more than are kept
+        ours(*inputs(size=size))
+    torch.cuda.empty_cache()
+    junk = torch.full((2**22,), torch.nan, device="cuda")
+    torch.testing.assert_close(graph(*given), want, rtol=0, atol=0)
+    del junk
+
+
 def test_graph_on_a_cpu_says_why_not() -> None:
     ours = WanModel(SMALL)
     with pytest.raises(ValueError, match="needs a GPU"):

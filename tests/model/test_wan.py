@@ -11,6 +11,7 @@ from diffusers import WanTransformer3DModel
 from turbodit.attention import BACKENDS
 from turbodit.checkpoints.keys import to_diffusers
 from turbodit.config import TransformerConfig
+from turbodit.model.rope import rope_table
 from turbodit.model.wan import WanModel
 
 TEXT_DIM = 24
@@ -187,3 +188,13 @@ def test_missing_clip_features_and_wrong_number_of_images_are_named() -> None:
 def test_unknown_attention_back_end_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=f"unknown attention .*{', '.join(BACKENDS)}"):
         WanModel(VARIANTS["t2v"], attention="flash9")
+
+
+def test_angles_are_one_table_for_a_size() -> None:
+    """A CUDA graph reads the table that its recording saw: the model has to give the same one."""
+    model, x = random_model(VARIANTS["t2v"]), random_inputs("t2v")
+    rope_table.cache_clear()
+    run(model, x)
+    assert rope_table.cache_info().misses == 1
+    assert model.angles(x.latents)[0].shape == (3 * 5 * 7, 12)
+    assert rope_table.cache_info().misses == 1

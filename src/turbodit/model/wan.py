@@ -12,6 +12,7 @@ float32; the matrix products in the dtype of the weights (or of autocast), or in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -46,7 +47,8 @@ class Context(NamedTuple):
     image: torch.Tensor | None  # (B, 257 or 514, D)
 
 
-class EncodedContext(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class EncodedContext:
     """A context as every block's keys and values, which no step changes: encoded once a prompt."""
 
     layers: tuple[tuple[KeysValues, ...], ...]
@@ -286,6 +288,14 @@ class WanModel(nn.Module):
             if block.cross_attn.has_image:
                 block.cross_attn.pack(*CrossAttention.PACKED_IMAGE)
 
+    def angles(self, latents: torch.Tensor) -> Angles:
+        """Cosines and sines of the rotary positions of the tokens of latents (B, C, T, H, W).
+
+        Computed once for a size, and kept for some sizes.
+        """
+        t, h, w = (n // p for n, p in zip(latents.shape[2:], self.config.patch_size, strict=True))
+        return rope_table((t, h, w), self.config.head_dim, latents.device)
+
     def encode_context(
         self, context: torch.Tensor, image_context: torch.Tensor | None = None
     ) -> EncodedContext:
@@ -336,7 +346,7 @@ class WanModel(nn.Module):
         else:
             self._check_context(context, image_context)
             layers = [self._embed_context(context, image_context)] * len(self.blocks)
-        angles = rope_table(grid, self.config.head_dim, latents.device)
+        angles = self.angles(latents)
         for block, seen in zip(self.blocks, layers, strict=True):
             x = block(x, modulation, angles, seen, tokens.dtype)
         return unpatchify(self.head(x, time), grid, self.config.patch_size)
