@@ -30,7 +30,7 @@ class _Recording:
     velocity: torch.Tensor
     angles: Angles  # a table that others may give up
     loaded: weakref.ref[EncodedContext]  # what `context` is a copy of
-    memory: int  # bytes that stay taken for it
+    memory: int  # bytes that stay taken for activations
 
     def fits(self, inputs: list[torch.Tensor]) -> bool:
         own = [self.latents, self.t, *self.context]
@@ -58,7 +58,7 @@ class StepGraph:
 
     @property
     def memory(self) -> int:
-        """Bytes on the GPU that stay taken for the graph."""
+        """Bytes on the GPU that stay taken for activations, beside what PyTorch calls allocated."""
         return 0 if self._recording is None else self._recording.memory
 
     @torch.no_grad()
@@ -102,8 +102,6 @@ class StepGraph:
         device = latents.device
         if device.type != "cuda":
             raise ValueError(f"a CUDA graph needs a GPU, the latents are on {device}")
-        torch.cuda.empty_cache()  # what is cached, a graph could not use
-        before = torch.cuda.memory_reserved(device)
         latents, t = latents.clone(), t.clone()
         own = EncodedContext(
             tuple(tuple((k.clone(), v.clone()) for k, v in pairs) for pairs in context.layers)
@@ -113,18 +111,13 @@ class StepGraph:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
-                torch.cuda.reset_peak_memory_stats(device)
-                before_step = torch.cuda.memory_allocated(device)
                 self.model(latents, t, own)
-            needed = torch.cuda.max_memory_allocated(device) - before_step
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # what is cached, a graph could not use
+        before = torch.cuda.memory_reserved(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            # One piece of memory, given back at once, that all activations are cut from. Pieces
-            # as they come would leave gaps too small for the larger ones that follow.
-            torch.empty(needed, dtype=torch.uint8, device=device)
             velocity = self.model(latents, t, own)
         return _Recording(
             graph,

@@ -104,6 +104,7 @@ class Pipeline:
             modules["image_encoder"] = image_encoder.model
         self._residence = Residence(modules, self.device, offload)
         self._by_block = offload == "sequential"
+        self._peak = 0
         self._graphs: dict[str, StepGraph] = {}
         if graph and offload == "none" and self.device.type == "cuda":
             for name, network in self.transformers.items():
@@ -228,14 +229,23 @@ class Pipeline:
 
     @property
     def peak_memory(self) -> int | None:
-        """Most bytes taken on the GPU since the last generation began; None on a CPU.
+        """Most bytes taken on the GPU in the last generation, what CUDA graphs hold included; None
+        on a CPU."""
+        return self._peak if self.device.type == "cuda" else None
 
-        What CUDA graphs hold counts as taken all the time, which it is.
-        """
+    @contextmanager
+    def _stage(self, name: str, clock: _Clock) -> Iterator[None]:
+        """A part of a generation, whose time and memory are measured."""
         if self.device.type != "cuda":
-            return None
+            with clock.stage(name):
+                yield
+            return
+        # A graph that is recorded now takes its memory openly; afterwards it is hidden.
         held = sum(graph.memory for graph in self._graphs.values())
-        return torch.cuda.max_memory_allocated(self.device) + held
+        torch.cuda.reset_peak_memory_stats(self.device)
+        with clock.stage(name):
+            yield
+        self._peak = max(self._peak, torch.cuda.max_memory_allocated(self.device) + held)
 
     @torch.no_grad()
     def generate(self, settings: Settings, progress: Progress | None = None) -> list[Video]:
@@ -246,18 +256,17 @@ class Pipeline:
         for another batch size.
         """
         clock = _Clock(self.device, progress or _silent)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self._peak = 0
         try:
-            with clock.stage("text"):
+            with self._stage("text", clock):
                 context, negative = self._encode_prompts(settings, clock.report)
             condition = ImageCondition()
             if settings.image is not None:
-                with clock.stage("image"):
+                with self._stage("image", clock):
                     condition = self._encode_images(settings, settings.image, clock.report)
-            with clock.stage("denoise"):
+            with self._stage("denoise", clock):
                 latents = self._denoise(settings, context, negative, condition, clock.report)
-            with clock.stage("decode"):
+            with self._stage("decode", clock):
                 frames = self._decode(latents, clock.report)
         finally:
             self._residence.clear()
