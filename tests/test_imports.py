@@ -15,7 +15,7 @@ SOURCE = Path(turbodit.__file__).parent
 
 # From the bottom up. A module may import lower layers and its own package.
 LAYERS = (
-    ("config", "noise_schedule", "images", "video", "kernels"),
+    ("config", "device", "noise_schedule", "images", "video", "kernels"),
     ("sampling", "offload", "prompt_cache", "weights", "request", "attention", "quantization"),
     ("model", "text_encoder", "image_encoder", "vae"),
     ("checkpoints", "conditioning", "graph"),

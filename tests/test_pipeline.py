@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -237,3 +238,25 @@ def test_linear_format_that_does_not_run_is_refused_before_loading(folder, monke
         Pipeline.from_pretrained(folder, device="cuda", linear="fp8")
     with pytest.raises(ValueError, match="unknown 8-bit format 'int4'"):
         Pipeline.from_pretrained(folder, device="cpu", linear="int4")
+
+
+def test_memory_of_a_graph_counts_once(folder, monkeypatch):
+    """Openly while it is recorded, and as held afterwards."""
+    pipe = Pipeline.from_pretrained(folder, device="cpu")
+    pipe.device = torch.device("cuda")
+    graph = SimpleNamespace(memory=0)
+    pipe._graphs = {"transformer": graph}
+    allocated = iter([10, 50, 20, 15])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(allocated))
+    clock = SimpleNamespace(stage=lambda name: nullcontext())
+    with pipe._stage("text", clock):
+        pass
+    with pipe._stage("denoise", clock):
+        graph.memory = 30
+    with pipe._stage("decode", clock):
+        pass
+    assert pipe.stage_memory == {"text": 10, "denoise": 50, "decode": 50}
+    with pipe._stage("denoise", clock):
+        pass
+    assert pipe.stage_memory["denoise"] == 45 and pipe.peak_memory == 50

@@ -26,6 +26,7 @@ from turbodit.attention import BACKENDS, attention_function, available
 from turbodit.checkpoints import find_model, load_transformer
 from turbodit.conditioning import ImageCondition, encode_known_frames
 from turbodit.config import ModelConfig
+from turbodit.device import choose_device
 from turbodit.graph import StepGraph
 from turbodit.image_encoder import ImageEncoder
 from turbodit.model.wan import EncodedContext, Residual, WanModel
@@ -104,7 +105,7 @@ class Pipeline:
             modules["image_encoder"] = image_encoder.model
         self._residence = Residence(modules, self.device, offload)
         self._by_block = offload == "sequential"
-        self._peak = 0
+        self.stage_memory: dict[str, int] = {}  # on a GPU: most bytes of each stage, as timings
         self._graphs: dict[str, StepGraph] = {}
         if graph and offload == "none" and self.device.type == "cuda":
             for name, network in self.transformers.items():
@@ -231,7 +232,7 @@ class Pipeline:
     def peak_memory(self) -> int | None:
         """Most bytes taken on the GPU in the last generation, what CUDA graphs hold included; None
         on a CPU."""
-        return self._peak if self.device.type == "cuda" else None
+        return max(self.stage_memory.values(), default=None)
 
     @contextmanager
     def _stage(self, name: str, clock: _Clock) -> Iterator[None]:
@@ -245,7 +246,7 @@ class Pipeline:
         torch.cuda.reset_peak_memory_stats(self.device)
         with clock.stage(name):
             yield
-        self._peak = max(self._peak, torch.cuda.max_memory_allocated(self.device) + held)
+        self.stage_memory[name] = torch.cuda.max_memory_allocated(self.device) + held
 
     @torch.no_grad()
     def generate(self, settings: Settings, progress: Progress | None = None) -> list[Video]:
@@ -256,7 +257,7 @@ class Pipeline:
         for another batch size.
         """
         clock = _Clock(self.device, progress or _silent)
-        self._peak = 0
+        self.stage_memory = {}
         try:
             with self._stage("text", clock):
                 context, negative = self._encode_prompts(settings, clock.report)
@@ -440,25 +441,6 @@ def _shortened(text: str, limit: int = 200) -> str:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def choose_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for, or a GPU where there is one; an error where it is not there."""
-    count = torch.cuda.device_count()
-    if device is None:
-        return torch.device("cuda" if count else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}; supported: cpu, cuda, cuda:N") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {str(device)!r} is not supported; supported: cpu, cuda, cuda:N")
-    if chosen.type == "cuda" and (chosen.index or 0) >= count:
-        raise ValueError(
-            f"device {str(device)!r} was asked for, but PyTorch {torch.__version__} finds "
-            f"{count} CUDA devices"
-        )
-    return chosen
 
 
 def _check_runs(device: torch.device, attention: str, linear: str | None, offload: str) -> None:

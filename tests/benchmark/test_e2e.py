@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from tests.benchmark.tiny import CPU, WORKLOAD, silent
 
 from turbodit.benchmark import e2e
-from turbodit.benchmark.e2e import Options, StagePeaks, summary
+from turbodit.benchmark.e2e import Options, summary
 
 
 def test_every_stage_has_its_time_cold_and_warm():
@@ -55,28 +53,3 @@ def test_total_is_of_the_stages_and_the_first_is_apart():
     assert found["cold_seconds"]["denoise"] == 9.0
     assert found["warm_seconds"]["denoise"] == {"min": 2.0, "median": 3.0, "max": 4.0, "n": 2}
     assert found["peak_gib"] == {"denoise": pytest.approx(0.9)}
-
-
-def test_stages_of_a_gpu_have_their_own_peaks(monkeypatch):
-    resets = []
-    monkeypatch.setattr(e2e, "reset_peak", resets.append)
-    pipe = SimpleNamespace(device="cuda", peak_memory=0)
-    peaks = StagePeaks(pipe)
-    for stage, done, gib in [
-        ("denoise", 0, 9),
-        ("denoise", 1, 1),
-        ("denoise", 2, 3),
-        ("denoise", 3, 2),
-        ("decode", 0, 3),
-        ("decode", 1, 5),
-    ]:
-        pipe.peak_memory = gib * 2**30
-        peaks(stage, done, 3)
-    assert peaks.peaks == {"denoise": 3.0, "decode": 5.0}
-    assert len(resets) == 2
-
-
-def test_stages_of_a_cpu_have_none():
-    peaks = StagePeaks(SimpleNamespace(device=CPU, peak_memory=None))
-    peaks("denoise", 1, 1)
-    assert peaks.peaks == {}

@@ -172,6 +172,19 @@ def test_rms_norm_kernel(heads: int, half: int, rotated: bool, poisoned: None) -
     torch.testing.assert_close(x, got, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rms_norm_in_place(transposed: bool) -> None:
+    x = torch.randn(2, 6, 8)
+    x = x.mT.contiguous().mT if transposed else x
+    before, weight = x.clone(), torch.randn(8)
+    got = ops.rms_norm(x, weight, EPS, in_place=True)
+    torch.testing.assert_close(got, reference.rms_norm(before, weight, EPS, None, None))
+    assert (got is x) != transposed and torch.equal(x, before) == transposed
+    x = before.clone()
+    ops.rms_norm(x, weight.requires_grad_(), EPS, in_place=True).sum().backward()
+    assert torch.equal(x, before) and weight.grad.any()
+
+
 # The operators.
 
 

@@ -62,24 +62,6 @@ class Options:
     request: Mapping[str, Any] = field(default_factory=dict)
 
 
-class StagePeaks:
-    """A progress callback that notes the most memory of each stage, in GiB."""
-
-    def __init__(self, pipe: Pipeline) -> None:
-        self.pipe = pipe
-        self.peaks: dict[str, float] = {}
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """A stage reports when it begins, with nothing done, and until all is done."""
-        if self.pipe.peak_memory is None:  # a CPU's is not counted
-            return
-        if done:
-            peak = round(self.pipe.peak_memory / GIB, 3)
-            self.peaks[stage] = max(self.peaks.get(stage, 0.0), peak)
-        else:
-            reset_peak(self.pipe.device)
-
-
 def load(workload: Workload, device: torch.device, build: Mapping[str, Any]) -> Pipeline:
     """The embedded model with its own weights, any other with random ones."""
     if build.get("attention") in ("sagesla", "sla", "sparge"):
@@ -94,7 +76,6 @@ def generation(
     pipe: Pipeline, workload: Workload, request: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Seconds and GiB of each stage of one video, written to `folder`."""
-    peaks = StagePeaks(pipe)
     images = known_images(workload.model, workload.width, workload.height)
     video = pipe(
         PROMPT,
@@ -102,7 +83,6 @@ def generation(
         height=workload.height,
         frames=workload.frames,
         seed=SEED,
-        progress=peaks,
         **images,
         **request,
     )
@@ -112,7 +92,7 @@ def generation(
     total = sum(seconds[stage] for stage in STAGES if stage in seconds)
     return {
         "seconds": {name: round(value, 4) for name, value in (seconds | {"total": total}).items()},
-        "peak_gib": peaks.peaks,
+        "peak_gib": {name: round(taken / GIB, 3) for name, taken in pipe.stage_memory.items()},
         "settings": video.settings,
     }
 

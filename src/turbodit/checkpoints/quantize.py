@@ -25,6 +25,7 @@ from turbodit.checkpoints.transformer import (
     write_transformer,
 )
 from turbodit.checkpoints.write import new_file, new_folder, write_file
+from turbodit.device import choose_device
 from turbodit.quantization import linear_format
 from turbodit.weights import PICKLE_SUFFIXES, LazyWeights, check_fit
 
@@ -76,7 +77,7 @@ def quantize_file(
         OSError: not enough space on the disk, or it cannot be written.
     """
     format = linear_format(format)
-    _check_device(device)
+    device = choose_device(device)
     target = Path(target)
     sources = _transformers(source)
     _check_target(target, sources, force)
@@ -126,18 +127,6 @@ def _write(target: Path, models: dict[str, Stored], advance: Callable[[], None])
         for name, model in models.items():
             (partial / name).mkdir(exist_ok=True)
             write_transformer(partial / name, model, advance=advance)
-
-
-def _check_device(device: torch.device | str) -> None:
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}; supported: cpu, cuda, cuda:N") from error
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {str(device)!r} was asked for, but PyTorch {torch.__version__} finds "
-            f"{torch.cuda.device_count()} CUDA devices"
-        )
 
 
 def _check_target(target: Path, sources: dict[str, Path], force: bool) -> None:

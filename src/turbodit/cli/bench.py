@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,7 +30,7 @@ def _flag(metavar: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(ABC):
     """What all measurements have in common."""
 
     model: Annotated[str | None, _flag("NAME")] = None
@@ -71,13 +72,14 @@ class Measurement:
             print(f"{heading(report, found)}\n{report.markdown}")
         _tell(f"written: {', '.join(map(str, paths))}")
 
+    @abstractmethod
     def _measure(self, device: torch.device) -> Report:
-        raise NotImplementedError
+        """What this command measures."""
 
     def _device(self) -> torch.device:
         import torch
 
-        from turbodit.pipeline import choose_device
+        from turbodit.device import choose_device
 
         device = choose_device(self.device)
         if device.type == "cuda":

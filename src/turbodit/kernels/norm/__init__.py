@@ -111,8 +111,8 @@ def rms_norm(
         weight: (D,).
         angles: cosines and sines (L, head_dim/2), float32, of each token; head_dim divides D.
             None: no rotation.
-        in_place: x may be overwritten with the result: it takes no memory then. Where a
-            gradient is wanted, it is not.
+        in_place: x may be overwritten with the result, which then takes no memory. It is not
+            where a gradient is wanted, or the last dimension is not contiguous.
 
     Returns:
         (B, L, D), dtype of x; contiguous, or x.
@@ -136,7 +136,7 @@ def rms_norm(
     _check_width(x)
     if _trains(x, weight):
         return reference.rms_norm(x, weight, eps, cos, sin)
-    if in_place:
+    if in_place and x.stride(-1) == 1:
         _rms_norm_in_place(x, weight, eps, cos, sin)
         return x
     return _rms_norm(x, weight, eps, cos, sin)
