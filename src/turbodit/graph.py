@@ -37,6 +37,22 @@ class _Recording:
         return [(x.shape, x.dtype) for x in own] == [(x.shape, x.dtype) for x in inputs]
 
 
+class _Memory:
+    """Where graphs that take turns have their activations.
+
+    A pool's memory belongs to the stream that it was asked for on, so they share that, too.
+    """
+
+    def __init__(self) -> None:
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        self._stream: torch.cuda.Stream | None = None
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """Not the default one: what runs there cannot be recorded."""
+        self._stream = self._stream or torch.cuda.Stream(device)
+        return self._stream
+
+
 class StepGraph:
     """A WanModel for inference, called like the model itself, that replays a CUDA graph.
 
@@ -52,8 +68,7 @@ class StepGraph:
 
     def __init__(self, model: WanModel, shared: StepGraph | None = None) -> None:
         self.model = model
-        self._pool: Any
-        self._pool = torch.cuda.graph_pool_handle() if shared is None else shared._pool
+        self._memory: _Memory = _Memory() if shared is None else shared._memory
         self._recording: _Recording | None = None
 
     @property
@@ -106,8 +121,7 @@ class StepGraph:
         own = EncodedContext(
             tuple(tuple((k.clone(), v.clone()) for k, v in pairs) for pairs in context.layers)
         )
-        # Not on the default stream: what runs there cannot be recorded.
-        stream = torch.cuda.Stream(device)
+        stream = self._memory.stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
@@ -117,7 +131,7 @@ class StepGraph:
         torch.cuda.empty_cache()  # what is cached, a graph could not use
         before = torch.cuda.memory_reserved(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        with torch.cuda.graph(graph, pool=self._memory.pool, stream=stream):
             velocity = self.model(latents, t, own)
         return _Recording(
             graph,

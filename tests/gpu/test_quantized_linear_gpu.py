@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -200,3 +201,242 @@ def test_a_cuda_graph_takes_new_inputs(format: str, which: str | None) -> None:
         out.fill_(torch.nan)
         graph.replay()
         assert torch.equal(out, run(x))
+
+
+# A product that ends with GELU and fp8.
+
+GELU_IMPLEMENTATIONS = ("separate", "hopper")
+GELU_SIZES = [(32760, 1536, 8960), (4097, 5120, 13824)]
+ODD_GELU_SIZES = [
+    (m, k, n)
+    for m in (1, 64, 127, 128, 129, 1001)
+    for k, n in ((16, 64), (128, 8960), (144, 320), (1536, 576))
+]
+
+
+def can_fuse() -> bool:
+    from turbodit.kernels.quantized_linear import triton
+
+    return torch.cuda.get_device_capability() == (9, 0) and triton.TRITON_VERSION >= (3, 6)
+
+
+def skip_without(which: str) -> None:
+    skip_without_fp8("fp8-channel")
+    if which == "hopper" and not can_fuse():
+        pytest.skip("needs compute capability 9.0 and Triton 3.6")
+
+
+@pytest.fixture
+def hopper_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of rows with each call of the kernel for Hopper."""
+    skip_without("hopper")
+    from turbodit.kernels.quantized_linear import hopper
+
+    calls = []
+    gelu_linear = hopper.gelu_linear
+
+    def counted(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(len(arguments[0]))
+        return gelu_linear(*arguments)
+
+    monkeypatch.setattr(hopper, "gelu_linear", counted)
+    return calls
+
+
+def gelu_operands(m: int, k: int, n: int) -> tuple[Quantized, Quantized, torch.Tensor]:
+    x = torch.randn(m, k, device=CUDA) * torch.randn(m, 1, device=CUDA).exp()
+    weight = torch.randn(n, k, device=CUDA) / k**0.5
+    weight *= (0.3 * torch.randn(n, 1, device=CUDA)).exp()
+    return (
+        ops.quantize_activation(x.bfloat16(), "fp8-channel"),
+        ops.quantize_weight(weight, "fp8-channel"),
+        torch.randn(n, device=CUDA, dtype=torch.bfloat16),
+    )
+
+
+def norm_of_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def check_gelu(x: Quantized, weight: Quantized, bias: torch.Tensor, which: str) -> None:
+    """Sampled rows against float64: the scale, all values, and the error of a row as a whole."""
+    (m, _), n = x.values.shape, len(weight.values)
+    values, scale = ops.gelu_linear(x, weight, bias, torch.bfloat16, which)
+    assert values.shape == (m, n) and values.dtype == torch.float8_e4m3fn
+    assert scale.shape == (m, 1) and scale.dtype == torch.float32
+    assert scale.isfinite().all() and values.float().isfinite().all()
+    rows = torch.cat([torch.tensor([0, m - 1]), torch.randint(m, (30,))]).to(CUDA)
+    a = x.values[rows].double() * x.scale[rows]
+    b = reference.dequantize(*weight, "fp8-channel").double()
+    z, magnitude = a @ b.t() + bias.double(), a.abs() @ b.abs().t()
+    h, s, values = F.gelu(z, approximate="tanh"), scale[rows].double(), values[rows].double()
+    # z in bfloat16, or tanh right to 11 bits; GELU's slope is at most 1.13.
+    of_z = 1.13 * (2.0**-8 * z.abs() + FP8_SUM[None] * magnitude)
+    if which == "hopper":
+        want = x.scale[rows].double() * b.abs().sum(1).max() + bias.double().abs().max() / 448
+        torch.testing.assert_close(s, want, rtol=1e-5, atol=0)
+    else:
+        difference = (448 * s - h.abs().amax(1, keepdim=True)).abs()
+        assert (difference <= of_z.amax(1, keepdim=True) + 1e-6).all()
+    # Half a unit of three bits, or of the smallest value.
+    rounding = torch.maximum(h.abs() / 16, s / 1024)
+    assert ((values * s - h).abs() <= 1.02 * rounding + of_z).all()
+    ideal = (h / s).float().to(torch.float8_e4m3fn).double()
+    assert norm_of_error(values * s, h) <= 1.05 * norm_of_error(ideal * s, h) + 0.003
+
+
+@pytest.mark.parametrize("which", GELU_IMPLEMENTATIONS)
+@pytest.mark.parametrize(("m", "k", "n"), GELU_SIZES)
+def test_gelu_linear_of_wan(m: int, k: int, n: int, which: str) -> None:
+    skip_without(which)
+    check_gelu(*gelu_operands(m, k, n), which)
+
+
+@pytest.mark.parametrize("which", GELU_IMPLEMENTATIONS)
+def test_gelu_linear_of_any_size(which: str) -> None:
+    skip_without(which)
+    for m, k, n in ODD_GELU_SIZES:
+        check_gelu(*gelu_operands(m, k, n), which)
+    x, weight, bias = gelu_operands(130, 1536, 576)
+    for dtype in (torch.float32, torch.float16):
+        check_gelu(x, weight, bias.to(dtype), which)
+
+
+def test_both_gelu_linears_are_as_near() -> None:
+    """The scale is a hundred times as large, which fp8 hardly feels."""
+    skip_without("hopper")
+    x, weight, bias = gelu_operands(1000, 1536, 8960)
+    y = ops.quantized_linear(x, weight, bias, "fp8-channel", torch.float32)
+    want = F.gelu(y, approximate="tanh")
+    errors = {}
+    for which in GELU_IMPLEMENTATIONS:
+        got = ops.gelu_linear(x, weight, bias, torch.bfloat16, which)
+        errors[which] = norm_of_error(reference.dequantize(*got, "fp8-channel"), want)
+    assert 0.02 < errors["hopper"] < 1.05 * errors["separate"] < 0.03
+
+
+@pytest.mark.parametrize("which", GELU_IMPLEMENTATIONS)
+def test_gelu_linear_of_zeros(which: str) -> None:
+    skip_without(which)
+    x, weight, bias = gelu_operands(300, 1536, 320)
+    x.values.view(torch.uint8)[130], x.scale[130] = 0, 1
+    values, scale = ops.gelu_linear(x, weight, bias, torch.bfloat16, which)
+    # Of "hopper" it is the scale that comes with values of up to 448.
+    h = F.gelu(bias.float(), approximate="tanh")
+    rounding = torch.maximum(h.abs() / 16, scale[130] / 1024)
+    assert ((values[130].float() * scale[130] - h).abs() <= 1.02 * rounding + 0.01).all()
+    zero = Quantized(*(torch.zeros_like(side) for side in weight))
+    values, scale = ops.gelu_linear(x, zero, bias * 0, torch.bfloat16, which)
+    assert (scale == 1).all() and (values.float() == 0).all()
+
+
+@pytest.mark.parametrize("which", GELU_IMPLEMENTATIONS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_gelu_linear_keeps_what_is_not_finite(bad: float, which: str) -> None:
+    skip_without(which)
+    x = torch.randn(300, 1536, device=CUDA, dtype=torch.bfloat16)
+    x[130, 700] = bad
+    inputs = ops.quantize_activation(x, "fp8-channel")
+    _, weight, bias = gelu_operands(1, 1536, 320)
+    hidden = ops.gelu_linear(inputs, weight, bias, torch.bfloat16, which)
+    lost = torch.arange(300, device=CUDA) == 130
+    assert torch.equal(hidden.scale[:, 0].isfinite(), ~lost)
+    assert hidden.values[~lost].float().isfinite().all()
+    down = ops.quantize_weight(torch.randn(64, 320, device=CUDA), "fp8-channel")
+    y = ops.quantized_linear(hidden, down, None, "fp8-channel", torch.bfloat16)
+    assert torch.equal(y.isfinite(), ~lost[:, None].expand_as(y))
+    bias[3] = bad
+    hidden = ops.gelu_linear(inputs, weight, bias, torch.bfloat16, which)
+    assert not hidden.scale.isfinite().any()
+
+
+@pytest.mark.parametrize(("n", "k"), [(8960, 1536), (13824, 5120), (64, 16), (3, 1000)])
+def test_gelu_bound(n: int, k: int) -> None:
+    skip_without_fp8("fp8-channel")
+    from turbodit.kernels.quantized_linear import triton
+
+    _, weight, bias = gelu_operands(1, k, n)
+    rows = reference.dequantize(*weight, "fp8-channel").double().abs().sum(1)
+    want = torch.stack([rows.max(), bias.double().abs().max()])
+    got = triton.gelu_bound(*weight, bias)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+
+
+def test_what_ends_with_gelu_in_the_hopper_kernel(hopper_calls: list[int]) -> None:
+    def run(m: int, k: int, n: int, *, biased: bool = True, which: str | None = None) -> None:
+        x, weight, bias = gelu_operands(m, k, n)
+        ops.gelu_linear(x, weight, bias if biased else None, torch.bfloat16, which)
+
+    run(1, 16, 64)
+    run(300, 1536, 8960)
+    run(129, 1536, 320, which="hopper")
+    assert hopper_calls == [1, 300, 129]
+    run(300, 1544, 64)
+    run(300, 1536, 96)
+    run(300, 1536, 64, biased=False)
+    run(300, 1536, 64, which="separate")
+    assert len(hopper_calls) == 3
+    with pytest.raises(ValueError, match="N that 64 divides, got 1536 and 96"):
+        run(300, 1536, 96, which="hopper")
+
+
+def test_gelu_linear_with_leading_dimensions_and_none(hopper_calls: list[int]) -> None:
+    x, weight, bias = gelu_operands(300, 1536, 320)
+    want = ops.gelu_linear(x, weight, bias, torch.bfloat16)
+    folded = Quantized(x.values.view(2, 150, 1536), x.scale.view(2, 150, 1))
+    got = ops.gelu_linear(folded, weight, bias, torch.bfloat16)
+    assert got.values.shape == (2, 150, 320) and got.scale.shape == (2, 150, 1)
+    assert torch.equal(got.values.view(300, 320).float(), want.values.float())
+    assert torch.equal(got.scale.view(300, 1), want.scale)
+    none = ops.gelu_linear(Quantized(x.values[:0], x.scale[:0]), weight, bias, torch.bfloat16)
+    assert none.values.shape == (0, 320) and none.scale.shape == (0, 1)
+    assert hopper_calls == [300, 300, 0]
+
+
+def test_the_hopper_kernel_with_gelu_repeats_itself(hopper_calls: list[int]) -> None:
+    """Whatever order its copies and products come in."""
+    x, weight, bias = gelu_operands(4097, 1536, 8960)
+    want = ops.gelu_linear(x, weight, bias, torch.bfloat16)
+    for _ in range(30):
+        got = ops.gelu_linear(x, weight, bias, torch.bfloat16)
+        assert torch.equal(got.scale, want.scale)
+        assert torch.equal(got.values.view(torch.uint8), want.values.view(torch.uint8))
+    assert len(hopper_calls) == 31
+
+
+def test_lengths_share_one_kernel_with_gelu(hopper_calls: list[int]) -> None:
+    from turbodit.kernels.quantized_linear import hopper
+
+    kernel, counts = hopper._gelu_linear_kernel, []
+    for m in (1, 2, 16, 300, 1024):
+        ops.gelu_linear(*gelu_operands(m, 1536, 320), torch.bfloat16)
+        counts.append(sum(len(cache[0]) for cache in kernel.device_caches.values()))
+    assert counts == counts[:1] * 5 and len(hopper_calls) == 5
+
+
+@pytest.mark.parametrize("which", GELU_IMPLEMENTATIONS)
+def test_a_cuda_graph_with_gelu_takes_new_inputs_and_weights(which: str) -> None:
+    skip_without(which)
+    x, weight, bias = gelu_operands(300, 1536, 320)
+
+    def run() -> Quantized:
+        return ops.gelu_linear(x, weight, bias, torch.bfloat16, which)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # compiles the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = run()
+    for _ in range(2):
+        new_x, new_weight, new_bias = gelu_operands(300, 1536, 320)
+        new_weight = Quantized(new_weight.values, 5 * new_weight.scale)
+        for old, new in zip((*x, *weight, bias), (*new_x, *new_weight, 3 * new_bias), strict=True):
+            old.copy_(new)
+        out.scale.fill_(torch.nan)
+        out.values.view(torch.uint8).fill_(127)
+        graph.replay()
+        want = run()
+        assert torch.equal(out.scale, want.scale) and out.scale.isfinite().all()
+        assert torch.equal(out.values.view(torch.uint8), want.values.view(torch.uint8))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from turbodit.config import TransformerConfig
 from turbodit.graph import StepGraph
 from turbodit.kernels import norm as ops
 from turbodit.kernels.norm import reference
+from turbodit.kernels.quantized_linear import Quantized, quantize_activation
 from turbodit.kernels.quantized_linear.reference import dequantize
+from turbodit.model.layers import FeedForward
 from turbodit.model.wan import WanModel
 from turbodit.quantization import FORMATS, QuantizedLinear, quantize_linears
 
@@ -197,3 +201,122 @@ def test_compiled_step_has_no_graph_breaks() -> None:
     torch.compiler.reset()
     compiled = torch.compile(ours, fullgraph=True)
     assert error(compiled(*given), want) < 0.02
+
+
+# The product that ends with GELU and fp8.
+
+
+@pytest.fixture
+def hopper_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of rows with each call of the kernel for Hopper."""
+    from turbodit.kernels.quantized_linear import triton
+
+    if torch.cuda.get_device_capability() != (9, 0) or triton.TRITON_VERSION < (3, 6):
+        pytest.skip("needs compute capability 9.0 and Triton 3.6")
+    from turbodit.kernels.quantized_linear import hopper
+
+    calls = []
+    gelu_linear = hopper.gelu_linear
+
+    def counted(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(len(arguments[0]))
+        return gelu_linear(*arguments)
+
+    monkeypatch.setattr(hopper, "gelu_linear", counted)
+    return calls
+
+
+def feed_forward(dim: int = 384, hidden: int = 1024) -> FeedForward:
+    layers = FeedForward(dim, hidden).cuda().bfloat16()
+    for place in (0, 2):
+        layers[place] = QuantizedLinear.from_linear(layers[place], "fp8-channel")
+    return layers.requires_grad_(False)
+
+
+def rows(length: int, dim: int = 384) -> Quantized:
+    return quantize_activation(gaussian(1, length, dim), "fp8-channel")
+
+
+def separately(layers: FeedForward, x: Quantized) -> torch.Tensor:
+    return layers[2](quantize_activation(layers[0](x), "fp8-channel", "gelu"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 127, 4097])
+def test_feed_forward_against_float32(length: int, hopper_calls: list[int]) -> None:
+    layers, x = feed_forward(), rows(length)
+    up, _, down = layers
+    hidden = dequantize(*x, "fp8-channel") @ dequantize(*up.weight, "fp8-channel").t() + up.bias
+    hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
+    want = hidden @ dequantize(*down.weight, "fp8-channel").t() + down.bias
+    got, other = layers(x), separately(layers, x)
+    assert got.dtype == torch.bfloat16 and got.shape == (1, length, 384)
+    assert error(got, want) < 1.1 * error(other, want) + 0.01
+    assert hopper_calls == [length]
+
+
+@torch.no_grad()
+def test_feed_forward_has_no_bfloat16_between(hopper_calls: list[int]) -> None:
+    layers, x = feed_forward(), rows(65_536)
+
+    def peak(run: Any) -> int:
+        run()  # compiles, and takes what is kept
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+
+    values = 65_536 * 1024
+    fused, separate = peak(lambda: layers(x)), peak(lambda: separately(layers, x))
+    assert fused + values // 2 < separate
+    assert hopper_calls == [65_536] * 2
+
+
+@torch.no_grad()
+def test_feed_forward_compiles_as_one_graph(hopper_calls: list[int]) -> None:
+    layers, x = feed_forward(), rows(300)
+    want = layers(x)
+    torch.compiler.reset()
+    compiled = torch.compile(layers, fullgraph=True)
+    for _ in "twice":
+        torch.testing.assert_close(compiled(x), want, rtol=0, atol=0)
+    assert len(hopper_calls) >= 3
+
+
+@torch.no_grad()
+def test_feed_forward_as_a_cuda_graph(hopper_calls: list[int]) -> None:
+    layers, x = feed_forward(), rows(300)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        layers(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = layers(x)
+    assert hopper_calls == [300] * 2
+    for _ in range(2):
+        for old, new in zip(x, rows(300), strict=True):
+            old.copy_(new)
+        out.fill_(torch.nan)
+        graph.replay()
+        torch.testing.assert_close(out, layers(x), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_step_with_gelu_in_the_product(hopper_calls: list[int]) -> None:
+    ours, given = model(replace(SMALL, ffn_dim=1024)), inputs()
+    want = ours(*given)
+    quantize_linears(ours, "fp8-channel")
+    ours.pack_projections()
+    got = ours(*given)
+    assert error(got, want) < 0.1
+    assert len(hopper_calls) == SMALL.num_layers
+    graph = StepGraph(ours)
+    torch.testing.assert_close(graph(*given), got, rtol=0, atol=0)
+    calls = len(hopper_calls)
+    torch.testing.assert_close(graph(*given), got, rtol=0, atol=0)
+    assert len(hopper_calls) == calls  # it is replayed
+    torch.compiler.reset()
+    compiled = torch.compile(ours, fullgraph=True)
+    assert error(compiled(*given), got) < 0.02
+    assert len(hopper_calls) > calls

@@ -249,6 +249,63 @@ def test_ops_are_well_formed(format: str) -> None:
     for b in (bias, None):
         arguments = (*x, *weight, b, format, torch.float16, None)
         torch.library.opcheck(ops._quantized_linear, arguments, test_utils=checks)
+        if format == "fp8-channel":
+            arguments = (*x, *weight, b, torch.float16, None)
+            torch.library.opcheck(ops._gelu_linear, arguments, test_utils=checks)
+
+
+# A product that ends with GELU.
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 128, 64), (127, 48, 100), (2, 1, 1)])
+def test_gelu_linear_is_the_definition(m: int, k: int, n: int) -> None:
+    x, weight, bias = operands(m, k, n, "fp8-channel")
+    for b in (bias, bias.bfloat16(), None):
+        values, scale = ops.gelu_linear(x, weight, b, torch.float32)
+        y, magnitude = exact(x, weight, b, "fp8-channel")
+        h = F.gelu(y, approximate="tanh")
+        assert values.shape == (m, n) and values.dtype == torch.float8_e4m3fn
+        largest = h.abs().amax(-1, keepdim=True)
+        # What GELU makes of a rounding of y is at most 1.13 times as large.
+        rounding = 20 * EPS * magnitude * 1.13 + 2 * EPS
+        assert scale.shape == (m, 1) and scale.dtype == torch.float32
+        assert ((scale * 448 - largest).abs() <= rounding.amax(-1, keepdim=True) * 2).all()
+        step = torch.maximum(h.abs() / 16, scale / 1024)
+        assert ((values.double() * scale - h).abs() <= step * (1 + 1e-5) + rounding).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_linear_on_a_cpu_is_its_two_parts(dtype: torch.dtype) -> None:
+    x, weight, bias = operands(60, 40, 70, "fp8-channel")
+    x = Quantized(x.values.view(2, 30, 40), x.scale.view(2, 30, 1))
+    got = ops.gelu_linear(x, weight, bias, dtype)
+    y = ops.quantized_linear(x, weight, bias, "fp8-channel", dtype)
+    want = ops.quantize_activation(y, "fp8-channel", "gelu")
+    assert got.values.shape == (2, 30, 70) and torch.equal(got.scale, want.scale)
+    assert torch.equal(got.values.view(torch.uint8), want.values.view(torch.uint8))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_gelu_linear_keeps_what_is_not_finite(bad: float) -> None:
+    x, weight, bias = operands(5, 40, 70, "fp8-channel")
+    x.scale[3] = bad
+    got = ops.gelu_linear(x, weight, bias, torch.bfloat16)
+    assert got.scale.isfinite().flatten().tolist() == [True, True, True, False, True]
+    assert got.values[[0, 1, 2, 4]].float().isfinite().all()
+
+
+def test_gelu_linear_refuses_what_it_cannot_do() -> None:
+    x, weight, bias = operands(5, 40, 70, "int8-channel")
+    with pytest.raises(ValueError, match=r"fp8-channel has torch.float8_e4m3fn values and float32"):
+        ops.gelu_linear(x, weight, bias, torch.float32)
+    x, weight, bias = operands(5, 40, 70, "fp8-channel")
+    with pytest.raises(ValueError, match=r"a bias is floating \(70,\), got"):
+        ops.gelu_linear(x, weight, bias[:3], torch.float32)
+    with pytest.raises(ValueError, match="the output is one of"):
+        ops.gelu_linear(x, weight, bias, torch.float64)
+    with pytest.raises(ValueError, match="implementation='hopper' is for GPUs"):
+        ops.gelu_linear(x, weight, bias, torch.float32, "hopper")
 
 
 # The kernels, against the reference and the definition.
@@ -365,6 +422,66 @@ def test_int_mm_and_its_epilogue(m: int, k: int, n: int) -> None:
         assert_exact(y, x, weight, b, "int8-channel")
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (20, 300), (8, 256), (64, 48)])
+def test_gelu_bound(n: int, k: int) -> None:
+    weight = Quantized(*reference.quantize(spread(n, k), "fp8-channel"))
+    rows = reference.dequantize(*weight, "fp8-channel").double().abs().sum(1)
+    for bias in (torch.randn(n), -torch.rand(n).bfloat16(), torch.zeros(n).half()):
+        got = triton.gelu_bound(*weight, bias)
+        want = torch.stack([rows.max(), bias.double().abs().max()])
+        assert got.dtype == torch.float32 and got.shape == (2,)
+        torch.testing.assert_close(got.double(), want, rtol=k * EPS, atol=0)
+
+
+@numpy
+def test_gelu_bound_keeps_what_is_not_finite() -> None:
+    weight, bias = Quantized(*reference.quantize(spread(20, 30), "fp8-channel")), torch.randn(20)
+    for bad in (torch.nan, torch.inf):
+        weight.scale[13], bias[2] = bad, -bad
+        got = triton.gelu_bound(*weight, bias)
+        torch.testing.assert_close(got, torch.tensor([bad, bad]), equal_nan=True)
+
+
+@numpy
+@pytest.mark.usefixtures("poisoned")
+def test_gelu_linear_in_two_passes() -> None:
+    x, weight, bias = operands(30, 40, 70, "fp8-channel")
+    x, scale = x.values.view(2, 15, 40), x.scale.view(2, 15, 1)
+    for b in (bias, None):
+        got = triton.gelu_linear(x, scale, *weight, b, torch.float16)
+        y = triton.quantized_linear(x, scale, *weight, b, "fp8-channel", torch.float16)
+        want = triton.quantize_activation(y, "fp8-channel", "gelu")
+        assert got[0].shape == (2, 15, 70) and torch.equal(got[1], want[1])
+        assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8))
+
+
+@pytest.mark.parametrize("implementation", [None, "hopper"])
+def test_gelu_linear_hands_over_to_hopper(
+    implementation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its arguments: rows, contiguous, and the bound that keeps its values from overflowing."""
+    hopper = pytest.importorskip("turbodit.kernels.quantized_linear.hopper")
+    monkeypatch.setattr(triton, "_why_not_hopper", lambda *_: None)
+    monkeypatch.setattr(triton, "_choice", lambda *_: triton.CHOICES[90, "fp8-channel"])
+    x, weight, bias = operands(30, 48, 64, "fp8-channel")
+    x = Quantized(x.values.view(2, 15, 48), x.scale.view(2, 15, 1))
+    z = reference.dequantize(*x, "fp8-channel") @ reference.dequantize(*weight, "fp8-channel").t()
+    h = F.gelu(z + bias, approximate="tanh")
+
+    def in_pytorch(rows, x_scale, w, w_scale, b, bound):
+        assert rows.shape == (30, 48) and all(t.is_contiguous() for t in (rows, x_scale, w, b))
+        scale = x_scale.view(-1, 1) * bound[0] + bound[1] / 448
+        return (h.view(30, 64) / scale).to(torch.float8_e4m3fn), scale
+
+    monkeypatch.setattr(hopper, "gelu_linear", in_pytorch)
+    given = (x.values.transpose(0, 1).contiguous().transpose(0, 1), x.scale, *weight)
+    values, scale = triton.gelu_linear(*given, bias, torch.bfloat16, implementation)
+    assert values.shape == (2, 15, 64) and scale.shape == (2, 15, 1)
+    assert (h.abs() <= 448 * scale).all()
+    assert ((values.float() * scale - h).abs() <= torch.maximum(h.abs() / 16, scale / 1000)).all()
+
+
 # Which implementation.
 
 
@@ -426,6 +543,43 @@ def test_implementations_say_what_they_cannot_do() -> None:
         triton.quantized_linear(*x, *weight, bias, "int8-channel", torch.float32, "int_mm")
 
 
+def test_only_hopper_ends_a_product_with_gelu() -> None:
+    found = {key for key, choice in triton.CHOICES.items() if choice.gelu != "separate"}
+    assert found == {(90, "fp8-channel")} and triton.INTERPRETER.gelu == "separate"
+
+
+@pytest.mark.parametrize("device", [(9, 0)], indirect=True)
+def test_the_hopper_kernel_says_what_it_cannot_do(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OnGPU(torch.Tensor):
+        """Data of a CPU that says it is on the GPU."""
+
+        is_cuda = True
+
+    def why_not(k: int, n: int, *, bias: bool = True, at: int = 0) -> str:
+        x = torch.empty(3 * k + 32, dtype=torch.uint8)
+        x = x[-x.data_ptr() % 16 + at :][: 3 * k].view(3, k).as_subclass(OnGPU)
+        weight = torch.empty(n * k + 16, dtype=torch.uint8)
+        weight = weight[-weight.data_ptr() % 16 :][: n * k].view(n, k)
+        return triton._why_not_hopper(x, weight, torch.empty(n) if bias else None) or ""
+
+    monkeypatch.setattr(triton, "TRITON_VERSION", (3, 6))
+    assert why_not(16, 64) == why_not(1536, 128) == ""
+    assert "got 24 and 64" in why_not(24, 64) and "got 32 and 96" in why_not(32, 96)
+    assert "a bias" in why_not(16, 64, bias=False)
+    assert "16 bytes" in why_not(16, 64, at=8)
+    monkeypatch.setattr(triton, "TRITON_VERSION", (3, 5))
+    assert "needs Triton 3.6" in why_not(16, 64)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert "capability 9.0" in why_not(16, 64)
+    x, weight, bias = operands(5, 16, 64, "fp8-channel")
+    with pytest.raises(ValueError, match=r"'hopper' needs a GPU of.* 9.0; use 'separate', or"):
+        triton.gelu_linear(*x, *weight, bias, torch.float32, "hopper")
+    with pytest.raises(ValueError, match=r"unknown implementation 'fast'; supported: separate, h"):
+        triton.gelu_linear(*x, *weight, bias, torch.float32, "fast")
+
+
 # For every architecture.
 
 INPUTS = {"x_ptr": "*bf16", "scale_ptr": "*fp32"}
@@ -454,10 +608,21 @@ def test_other_kernels_compile() -> None:
     assert_compiles(MODULE, "_scale_sums_kernel", signature, {"BLOCK_M": 16, "BLOCK_N": 256})
 
 
+@pytest.mark.slow
+def test_bound_kernel_compiles() -> None:
+    signature = {
+        "w_ptr": "*fp8e4nv", "w_scale_ptr": "*fp32", "bias_ptr": "*bf16", "bound_ptr": "*i32",
+        "N": "i32:16", "K": "i32:16",
+    }  # fmt: skip
+    constants = {"ROWS": triton.BOUND_ROWS, "WIDTH": triton.BOUND_WIDTH}
+    assert_compiles(MODULE, "_bound_kernel", signature, constants, (90,))
+
+
 def tiles() -> dict[tuple[str, object], tuple[int, ...]]:
     """The tiles of each format, as they are and for what TMA cannot read: their architectures."""
     found: dict[tuple[str, object], tuple[int, ...]] = {}
-    for (architecture, format), (_, tile) in triton.CHOICES.items():
+    for (architecture, format), choice in triton.CHOICES.items():
+        tile = choice.tile
         for key in {(format, tile), (format, tile._replace(tma=False))}:
             found[key] = (*found.get(key, ()), architecture)
     return found

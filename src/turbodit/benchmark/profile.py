@@ -19,6 +19,7 @@ KERNEL_CLASSES = (
     (("_quantize_keys", "_quantize_values", "_linear_output", "_forward_kernel"), "attention"),
     (("_pool_kernel", "_self_similarity", "_select_", "_from_map", "_from_indices"), "attention"),
     (("gemm", "nvjet", "cutlass", "splitk", "matmul", "gemv", "_scale_sums"), "GEMM"),
+    (("_gelu_linear",), "GEMM"),
 )
 CLASSES = ("GEMM", "attention", "rest")
 

@@ -18,6 +18,7 @@ from turbodit.kernels.quantized_linear import (
     DTYPES,
     FORMATS,
     Quantized,
+    gelu_linear,
     quantize_activation,
     quantize_weight,
     quantized_linear,
@@ -29,6 +30,7 @@ __all__ = [
     "QuantizedLinear",
     "available",
     "can_concatenate",
+    "check_no_lora",
     "concatenate",
     "input_kind",
     "is_quantizable",
@@ -43,6 +45,7 @@ DESCRIPTIONS = {
     "fp8-channel": "float8 e4m3, the same; --linear fp8",
 }
 QUANTIZED_PART, KEPT = "blocks.", "proj_l"
+LORA = ".lora_A"  # at the end of the names of a LoRA's parameters
 
 
 class QuantizedLinear(nn.Module):
@@ -127,6 +130,16 @@ class QuantizedLinear(nn.Module):
             return quantized_linear(inputs, self.weight, self.bias, self.format, x.dtype)
         return quantized_linear(x, self.weight, self.bias, self.format, self.dtype)
 
+    def gelu(self, x: Quantized) -> Quantized:
+        """gelu (tanh form) of what the layer makes of x, quantised: for "fp8-channel" only.
+
+        Raises:
+            ValueError: a layer of another format.
+        """
+        if self.format != "fp8-channel":
+            raise ValueError(f"gelu is for fp8-channel, this layer is {self.format}")
+        return gelu_linear(x, self.weight, self.bias, self.dtype)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format}"
 
@@ -161,8 +174,10 @@ def quantize_linears(model: nn.Module, format: str) -> None:
     """Quantise a model's linear layers in place, one after the other.
 
     Raises:
-        ValueError: unknown format, or NaN or infinite weights (it says of which layer).
+        ValueError: unknown format, NaN or infinite weights (it says of which layer), or a LoRA
+            beside the layers.
     """
+    check_no_lora(model)
 
     def quantized(name: str, linear: nn.Linear) -> QuantizedLinear:
         try:
@@ -187,6 +202,16 @@ def replace_linears(model: nn.Module, format: str) -> None:
         )
 
     _exchange(model, empty)
+
+
+def check_no_lora(model: nn.Module) -> None:
+    """Raise a ValueError if a model's layers have LoRA matrices beside their weights."""
+    found = [name for name, _ in model.named_parameters() if name.endswith(LORA)]
+    if found:
+        raise ValueError(
+            f"the model has a LoRA beside its weights ({len(found)} layers, such as "
+            f"{found[0].removesuffix(LORA)}); merge it first (training.parameters.merge_lora)"
+        )
 
 
 def _exchange(model: nn.Module, new: Callable[[str, nn.Linear], nn.Module]) -> None:
@@ -225,8 +250,12 @@ def _plain(linears: Sequence[Linear]) -> list[nn.Linear]:
     return [linear for linear in linears if isinstance(linear, nn.Linear)]
 
 
-def can_concatenate(linears: Sequence[Linear]) -> bool:
-    """Whether layers are of one kind and input, and no block of scales would belong to two."""
+def can_concatenate(layers: Sequence[nn.Module]) -> bool:
+    """Whether layers are linear ones of one kind and input, with nothing beside their weights, and
+    no block of scales would belong to two."""
+    linears = [layer for layer in layers if isinstance(layer, (nn.Linear, QuantizedLinear))]
+    if len(linears) < len(layers):
+        return False
     formats = {getattr(linear, "format", None) for linear in linears}
     kinds = {(linear.in_features, linear.bias is None) for linear in linears}
     whole_blocks = all(linear.out_features % BLOCK == 0 for linear in linears)

@@ -106,6 +106,21 @@ def quantized_linear(
     return y.to(dtype)
 
 
+def gelu_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    implementation: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `turbodit.kernels.quantized_linear.gelu_linear`."""
+    given = (x, x_scale, weight, weight_scale, bias)
+    y = quantized_linear(*given, "fp8-channel", dtype, implementation)
+    return quantize_activation(y, "fp8-channel", "gelu")
+
+
 def _multiply_rows(
     x: torch.Tensor,
     x_scale: torch.Tensor,

@@ -48,9 +48,11 @@ class Choice(NamedTuple):
 
     implementation: str
     tile: Tile
+    gelu: str = "separate"  # what computes a product that ends with GELU and fp8
 
 
 IMPLEMENTATIONS = ("triton", "scaled_mm", "int_mm")
+GELU_IMPLEMENTATIONS = ("separate", "hopper")
 # By compute capability and format; a device takes the last one that is not newer than it.
 # Measured on 9.0 only.
 CHOICES = {
@@ -63,7 +65,7 @@ CHOICES = {
     (89, "fp8-channel"): Choice("triton", Tile(128, 64, 128, 4, 3)),
     (90, "int8-block"): Choice("triton", Tile(128, 128, 128, 8, 4, tma=True, group=16)),
     (90, "int8-channel"): Choice("triton", Tile(256, 128, 128, 8, 4, tma=True)),
-    (90, "fp8-channel"): Choice("scaled_mm", Tile(128, 128, 128, 8, 4, tma=True)),
+    (90, "fp8-channel"): Choice("scaled_mm", Tile(128, 128, 128, 8, 4, tma=True), "hopper"),
     (100, "int8-block"): Choice("triton", Tile(128, 128, 128, 8, 3)),
     (100, "int8-channel"): Choice("triton", Tile(128, 128, 128, 8, 3)),
     (100, "fp8-channel"): Choice("scaled_mm", Tile(128, 128, 128, 8, 4, tma=True)),
@@ -73,6 +75,8 @@ CHOICES = {
 }
 INTERPRETER = Choice("triton", Tile(32, 32, 64, 4, 2))
 
+TRITON_VERSION = tuple(int(x) for x in triton.__version__.split(".")[:2])
+BOUND_ROWS, BOUND_WIDTH = 8, 256  # of weights that `gelu_bound` looks at, at a time
 # Elements of a row that a thread takes at a time, and how many times it may.
 _VECTOR, _PIECES = 8, 9
 _BLOCK = tl.constexpr(BLOCK)
@@ -276,6 +280,25 @@ def _scale_sums_kernel(
     )
 
 
+@triton.jit
+def _bound_kernel(
+    w_ptr, w_scale_ptr, bias_ptr, bound_ptr, N, K, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """ROWS of weights (N, K); bound: int32 (2,), the bits of what `gelu_bound` returns."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    w_ptr += rows.to(tl.int64)[:, None] * K
+    sums = tl.zeros((ROWS, WIDTH), tl.float32)
+    for k in range(0, K, WIDTH):
+        columns = k + tl.arange(0, WIDTH)[None, :]
+        w = tl.load(w_ptr + columns, (rows < N)[:, None] & (columns < K), other=0.0)
+        sums += tl.abs(w.to(tl.float32))
+    scale = tl.load(w_scale_ptr + rows, rows < N, other=0.0)
+    bias = tl.load(bias_ptr + rows, rows < N, other=0.0).to(tl.float32)
+    weight_bound = tl.max(magnitude_of(tl.sum(sums, axis=1) * scale), axis=0)
+    tl.atomic_max(bound_ptr, weight_bound, sem="relaxed")
+    tl.atomic_max(bound_ptr + 1, tl.max(magnitude_of(bias), axis=0), sem="relaxed")
+
+
 def quantize_activation(
     x: torch.Tensor, format: str, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -333,6 +356,54 @@ def quantized_linear(
     else:
         y = multiply(*arguments, format, dtype, choice.tile)
     return y.view(*x.shape[:-1], len(weight))
+
+
+def gelu_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    implementation: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, weight = x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous()
+    why_not = _why_not_hopper(rows, weight, bias)
+    if implementation is None:
+        choice = _choice(x.device, "fp8-channel").gelu
+        implementation = "separate" if why_not else choice
+    elif implementation not in GELU_IMPLEMENTATIONS:
+        supported = ", ".join(GELU_IMPLEMENTATIONS)
+        raise ValueError(f"unknown implementation {implementation!r}; supported: {supported}")
+    elif implementation == "hopper" and why_not:
+        raise ValueError(f"implementation='hopper' {why_not}; use 'separate', or None")
+    if implementation == "separate":
+        y = quantized_linear(x, x_scale, weight, weight_scale, bias, "fp8-channel", dtype)
+        return quantize_activation(y, "fp8-channel", "gelu")
+    assert bias is not None
+    from turbodit.kernels.quantized_linear import hopper
+
+    x_scale, weight_scale, bias = (t.contiguous() for t in (x_scale, weight_scale, bias))
+    bound = gelu_bound(weight, weight_scale, bias)
+    values, scale = hopper.gelu_linear(rows, x_scale, weight, weight_scale, bias, bound)
+    return values.view(*x.shape[:-1], len(weight)), scale.view(x_scale.shape)
+
+
+def gelu_bound(
+    weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """(2,) float32: the largest sum of magnitudes of a row of weight * weight_scale, and the
+    largest magnitude of the bias; NaN where there is any.
+
+    Found for each product anew, which reads the weights once more: nothing is kept that could be of
+    other weights, or would have to be made while a CUDA graph is recorded.
+    """
+    n, k = weight.shape
+    bits = torch.zeros(2, dtype=torch.int32, device=weight.device)
+    _bound_kernel[(triton.cdiv(n, BOUND_ROWS),)](
+        weight, weight_scale, bias, bits, n, k, ROWS=BOUND_ROWS, WIDTH=BOUND_WIDTH
+    )
+    return bits.view(torch.float32)
 
 
 def multiply(
@@ -441,6 +512,22 @@ def _why_not(
             return f"needs more than 16 rows, K and N that 8 divides; got {m}, {k} and {n}"
         return None
     return f"is unknown; supported: {', '.join(IMPLEMENTATIONS)}"
+
+
+def _why_not_hopper(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    """Why `hopper` cannot compute a product of contiguous matrices; None if it can."""
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) != (9, 0):
+        return "needs a GPU of compute capability 9.0"
+    if TRITON_VERSION < (3, 6):
+        return f"needs Triton 3.6, this is {triton.__version__}"
+    n, k = weight.shape
+    if bias is None:
+        return "needs a bias"
+    if k % 16 or n % 64:
+        return f"needs K that 16 divides and N that 64 divides, got {k} and {n}"
+    if x.data_ptr() % 16 or weight.data_ptr() % 16:
+        return "needs x and weight that begin at a multiple of 16 bytes"
+    return None
 
 
 def _piece(inputs: int) -> tuple[int, int]:
