@@ -41,7 +41,7 @@ def test_everything_is_measured_on_a_cpu(monkeypatch):
     numbers = report.numbers
     (shape,) = numbers["speed"]
     names = set(attention.CPU.contenders)
-    assert set(shape["results"]) == names | {"sla, forward + backward"}
+    assert set(shape["results"]) == names | {"sla, forward + backward", "sdpa, forward + tangent"}
     assert all(row["ms"]["n"] == 1 for row in shape["results"].values())
     assert set(numbers["tflops_over_length"]) == names
     gaussian = numbers["accuracy"]["Gaussian"]

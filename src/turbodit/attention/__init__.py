@@ -20,6 +20,7 @@ import torch
 from turbodit import kernels
 from turbodit.attention import dense, linear, sage
 from turbodit.attention.block_sparse import block_sparse_attn
+from turbodit.attention.jvp import sdpa_with_tangent
 from turbodit.attention.sage import sageattn
 from turbodit.attention.sla import SageSLA, SparseLinearAttention
 from turbodit.attention.sparge import sparge_attn_cdf, sparge_attn_topk
@@ -93,7 +94,7 @@ def _is_there(module: str) -> bool:
 
 BACKENDS: dict[str, Backend] = {
     "sdpa": Backend(
-        build=lambda: dense.sdpa,
+        build=lambda: sdpa_with_tangent,
         missing=lambda device: None,
         description="PyTorch's scaled_dot_product_attention, which chooses among the next four",
     ),

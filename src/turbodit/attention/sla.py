@@ -19,6 +19,7 @@ Shapes: B batch, L length, H heads, D head dimension, M blocks (Mq of queries, M
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,16 +27,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from turbodit.attention.head_dim import pad_head_dim
-from turbodit.kernels import HEAD_DIMS
+from turbodit.kernels import HEAD_DIMS, linear_attention
 from turbodit.kernels.block_map import map_from_indices, pool, select_topk
-from turbodit.kernels.linear_attention import (
-    FEATURE_MAPS,
-    KeyValueStatistics,
-    key_value_statistics,
-    key_value_sums,
-    linear_output,
-)
+from turbodit.kernels.forward_ad import has_tangent
+from turbodit.kernels.linear_attention import FEATURE_MAPS, KeyValueStatistics, key_value_statistics
+from turbodit.kernels.linear_attention import reference as linear_reference
 from turbodit.kernels.quantized_attention import fastest_pv, quantized_attention
+from turbodit.kernels.sparse_attention import reference as sparse_reference
 from turbodit.kernels.sparse_attention import sparse_attention
 
 VARIANTS = ("released", "paper")
@@ -101,7 +99,7 @@ class SparseLinearAttention(nn.Module):
         with torch.autocast(q.device.type, enabled=False):
             if self._can_fuse(q, k, v):
                 return self._fused(q, k, v)
-            indices = self.block_indices(q, k)
+            indices = self.block_indices(q.detach(), k.detach())  # without tangents
             if self.variant == "paper":
                 linear = self._marginal_branch(q, k, v, indices)
             else:
@@ -116,9 +114,10 @@ class SparseLinearAttention(nn.Module):
 
     def _linear_branch(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """The linear branch over all keys, proj_l included."""
-        kv, k_sum = key_value_sums(k, v, self.feature_map)
+        ops = _linear_attention(q, k, v)
+        kv, k_sum = ops.key_value_sums(k, v, self.feature_map)
         kv = kv @ self.proj_l.weight.to(kv.dtype).T
-        return linear_output(q, kv, k_sum, self.feature_map, self.proj_l.bias.to(kv.dtype))
+        return ops.linear_output(q, kv, k_sum, self.feature_map, self.proj_l.bias.to(kv.dtype))
 
     def _marginal_branch(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor
@@ -130,11 +129,13 @@ class SparseLinearAttention(nn.Module):
         return F.linear(linear, self.proj_l.weight.to(q.dtype), self.proj_l.bias.to(q.dtype))
 
     def _can_fuse(self, *inputs: torch.Tensor) -> bool:
-        """Whether the sparse kernel may add the linear branch: it has no gradient, all keys, and
-        no mask for a feature map over padded channels."""
+        """Whether the sparse kernel may add the linear branch: it has no derivative, all keys,
+        and no mask for a feature map over padded channels."""
         tensors = (*inputs, self.proj_l.weight, self.proj_l.bias)
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        return self.variant == "released" and not trains and inputs[0].shape[-1] in HEAD_DIMS
+        differentiates = trains or has_tangent(*inputs)
+        fits = self.variant == "released" and inputs[0].shape[-1] in HEAD_DIMS
+        return fits and not differentiates
 
     def _fused(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Both branches in one kernel, after one pass over K and V."""
@@ -158,6 +159,9 @@ class SparseLinearAttention(nn.Module):
     ) -> torch.Tensor:
         """The sparse branch."""
         dim = q.shape[-1]
+        if has_tangent(q, k, v):
+            blocks = self.block_q, self.block_k
+            return sparse_reference.forward(q, k, v, indices, None, *blocks, dim**-0.5)[0]
         q, k, v = pad_head_dim(q, k, v)
         return self._kernel(q, k, v, indices, scale=dim**-0.5)[..., :dim]
 
@@ -252,13 +256,18 @@ def marginal_attention(
     k_sum = weights @ k_sum
     # A block of queries reads its own sums, so blocks take the place of the batch.
     padded = F.pad(q, (0, 0, 0, 0, 0, -q.shape[1] % block_q))
-    out = linear_output(
+    out = _linear_attention(q, k, v).linear_output(
         padded.reshape(-1, block_q, *q.shape[2:]),
         _blocks_first(kv),
         _blocks_first(k_sum),
         feature_map,
     )
     return out.reshape(padded.shape)[:, : q.shape[1]]
+
+
+def _linear_attention(*inputs: torch.Tensor) -> ModuleType:
+    """The operators or, where a tangent is wanted, their references in PyTorch."""
+    return linear_reference if has_tangent(*inputs) else linear_attention
 
 
 def _block_sums(
@@ -268,7 +277,7 @@ def _block_sums(
     batch, length = k.shape[:2]
     whole = length - length % block
     pieces = [
-        key_value_sums(
+        _linear_attention(k, v).key_value_sums(
             *(x[:, begin:end].reshape(-1, rows, *x.shape[2:]) for x in (k, v)), feature_map
         )
         for begin, end, rows in ((0, whole, block), (whole, length, length - whole))

@@ -30,6 +30,7 @@ from turbodit.benchmark.modes import RATIO
 from turbodit.benchmark.profile import kernel_milliseconds, longest
 from turbodit.benchmark.report import Report, not_measured, paragraphs, spread, table
 from turbodit.benchmark.workload import Workload
+from turbodit.kernels.attention_jvp import attention_jvp
 
 SMALL_BLOCKS = {"block_q": 32, "block_k": 32}  # where a sequence has few
 TRAINABLE = ("sdpa-cudnn", "flash3", "flash4", "sla", "sla 128x64")
@@ -48,7 +49,7 @@ class Shape:
     length: int
     heads: int
     dim: int = 128
-    train: bool = False  # the backward pass too
+    train: bool = False  # what training needs, too: the backward pass, and the tangent
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,16 @@ def forward_backward(run: Attention, tensors: list[torch.Tensor]) -> Callable[[]
     return call
 
 
+def forward_tangent(tensors: list[torch.Tensor]) -> Callable[[], Any]:
+    tangents = [torch.randn_like(x) for x in tensors]
+
+    def call() -> None:
+        with torch.no_grad():
+            attention_jvp(*tensors, *tangents)
+
+    return call
+
+
 # Measuring.
 
 
@@ -215,6 +226,8 @@ def speed(shape: Shape, sizes: Sizes, device: torch.device, repeats: int) -> dic
         if shape.train and name in TRAINABLE:
             call = forward_backward(run, tensors)
             results[f"{name}, forward + backward"] = measured(call, device, repeats)
+    if shape.train:
+        results["sdpa, forward + tangent"] = measured(forward_tangent(tensors), device, repeats)
     return {**asdict(shape), "results": results}
 
 

@@ -64,11 +64,11 @@ class Options:
 
 def load(workload: Workload, device: torch.device, build: Mapping[str, Any]) -> Pipeline:
     """The embedded model with its own weights, any other with random ones."""
+    if workload.model.name == EMBEDDED:
+        return Pipeline.from_pretrained(EMBEDDED, device=device, **build)
     if build.get("attention") in ("sagesla", "sla", "sparge"):
         own = sparse_settings(workload.model, build["attention"])
         build = {"attention_settings": own, **build}
-    if workload.model.name == EMBEDDED:
-        return Pipeline.from_pretrained(EMBEDDED, device=device, **build)
     return random_pipeline(workload.model, device=device, dtype=dtype_on(device), **build)
 
 

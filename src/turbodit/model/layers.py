@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from turbodit.kernels import wide
+from turbodit.kernels.forward_ad import has_tangent
 from turbodit.kernels.norm import Angles, rms_norm
 from turbodit.kernels.quantized_linear import Quantized, quantize_activation
 from turbodit.quantization import QuantizedLinear
@@ -39,7 +41,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 class FeedForward(nn.Sequential):
-    """Linear, GELU (tanh), linear; the GELU within a pass over its input that is made anyway."""
+    """Linear, GELU (tanh), linear; the GELU at the end of the first product, or within a pass over
+    its output that is made anyway."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__(
@@ -49,6 +52,12 @@ class FeedForward(nn.Sequential):
     def forward(self, x: torch.Tensor | Quantized) -> torch.Tensor:
         up, gelu, down = self
         if isinstance(down, QuantizedLinear):
+            if (
+                isinstance(x, Quantized)
+                and isinstance(up, QuantizedLinear)
+                and up.format == down.format == "fp8-channel"
+            ):
+                return down(up.gelu(x))
             return down(quantize_activation(up(x), down.format, "gelu"))
         if isinstance(up, nn.Linear) and isinstance(x, torch.Tensor) and _fuses_gelu(up, x):
             hidden = torch._addmm_activation(
@@ -59,25 +68,27 @@ class FeedForward(nn.Sequential):
 
 
 def _fuses_gelu(linear: nn.Linear, x: torch.Tensor) -> bool:
-    """Whether cuBLASLt can end the product with GELU (tanh): half precision, no gradient."""
+    """Whether cuBLASLt can end the product with GELU (tanh): half precision, no derivative."""
     return (
         x.is_cuda
         and x.dtype == linear.weight.dtype
         and x.dtype in (torch.float16, torch.bfloat16)
         and not torch.is_autocast_enabled("cuda")
         and not torch.is_grad_enabled()
+        and not has_tangent(x)
     )
 
 
 def timestep_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sinusoids of `timestep` (any shape, 0..1000) -> (..., dim) float32, cosines first.
+    """Sinusoids of `timestep` (any shape, 0..1000) -> (..., dim), cosines first.
 
-    Angles are float64: a bf16 or even float32 product would blur neighbouring timesteps.
+    Returns float32, or float64 if that comes in. Angles are always float64: a bf16 or even
+    float32 product would blur neighbouring timesteps.
     """
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
     angles = timestep.double()[..., None] * torch.exp(-math.log(10000.0) * exponent)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(wide(timestep.dtype))
 
 
 def patchify(x: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:

@@ -8,6 +8,7 @@ and width get D//6 each and time the rest; the frequency i of an axis with n of 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -25,7 +26,7 @@ def rope_table(
         grid: number of tokens along time, height and width.
     """
     # A cached inference tensor could not be saved for a later backward pass.
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), _outside_transforms():
         per_side = head_dim // 6
         counts = (head_dim // 2 - 2 * per_side, per_side, per_side)
         angles = [_axis_angles(n, count) for n, count in zip(grid, counts, strict=True)]
@@ -39,6 +40,14 @@ def rope_table(
             dim=-1,
         ).reshape(t * h * w, -1)
         return table.cos().float().to(device), table.sin().float().to(device)
+
+
+def _outside_transforms() -> AbstractContextManager[None]:
+    """A cached tensor of torch.func has no storage once its transform has ended.
+
+    A compiler, which knows no such guard, caches nothing.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else torch._C._DisableFuncTorch()
 
 
 def _axis_angles(positions: int, frequencies: int) -> torch.Tensor:

@@ -188,7 +188,7 @@ class Block(nn.Module):
             dtype: of the matrix products: the weights' or autocast's.
         """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
-            self.modulation.float()[:, None] + time
+            self.modulation.to(wide(self.modulation.dtype))[:, None] + time
         ).unbind(2)
         eps = self.eps
         out = input_kind(self.self_attn.first, dtype)
@@ -212,7 +212,9 @@ class Head(nn.Module):
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """x (B,L,D) and time (B,n,D) float32 -> (B, L, kt*kh*kw*out_dim)."""
-        shift, scale = (self.modulation.float()[:, None] + time[:, :, None]).unbind(2)
+        shift, scale = (
+            self.modulation.to(wide(self.modulation.dtype))[:, None] + time[:, :, None]
+        ).unbind(2)
         dtype = self.head.weight.dtype
         return self.head(norm(x, shift=shift, scale=scale, eps=self.eps, out=dtype))
 
@@ -367,7 +369,8 @@ class WanModel(nn.Module):
         with torch.autocast(t.device.type, enabled=False):
             sinusoid = timestep_embedding(1000 * t, self.config.freq_dim)
             time = self.time_embedding(sinusoid.to(next(self.time_embedding.parameters()).dtype))
-            return time.float(), self.time_projection(time).unflatten(-1, (6, -1)).float()
+            modulation = self.time_projection(time).unflatten(-1, (6, -1))
+            return time.to(wide(time.dtype)), modulation.to(wide(time.dtype))
 
     def _check_context(self, context: torch.Tensor, image_context: torch.Tensor | None) -> None:
         c = self.config

@@ -1,7 +1,8 @@
 """The DiT's glue, each piece one pass over the tokens: gated residual, LayerNorm, modulation and
 quantisation; RMSNorm and rotary positions.
 
-Where a gradient is wanted the reference runs, which has one. `reference` holds the formulas.
+Where a derivative is wanted, a gradient or a tangent, the reference runs, which has both.
+`reference` holds the formulas.
 
 Shapes: B batch, L tokens, D width, n runs of L/n tokens that share a modulation (n divides L).
 """
@@ -13,6 +14,7 @@ from types import ModuleType
 import torch
 
 from turbodit.kernels import custom_op, implementation, kernels_run
+from turbodit.kernels.forward_ad import has_tangent
 from turbodit.kernels.norm import reference
 from turbodit.kernels.quantized_linear import DTYPES, Quantized
 
@@ -44,11 +46,11 @@ def norm(
         (B, L, D), or `Quantized` values (B, L, D) and scales (B, L, 1).
 
     Raises:
-        ValueError: shapes or a format other than these, or a gradient through a quantisation.
+        ValueError: shapes or a format other than these, or a derivative of a quantisation.
     """
     dtype, format = _output(out)
     _check(x, None, None, weight, bias, shift, scale)
-    if _trains(x, weight, bias, shift, scale):
+    if _differentiates(x, weight, bias, shift, scale):
         _refuse_format(format)
         return reference.norm(x, weight, bias, shift, scale, eps, dtype, None)[0]
     values, scales = _norm(x, weight, bias, shift, scale, eps, dtype, format)
@@ -78,7 +80,7 @@ def add_norm(
     """
     dtype, format = _output(out)
     _check(x, update, gate, weight, bias, shift, scale)
-    if _trains(x, update, gate, weight, bias, shift, scale):
+    if _differentiates(x, update, gate, weight, bias, shift, scale):
         _refuse_format(format)
         y, h, _ = reference.add_norm(x, update, gate, weight, bias, shift, scale, eps, dtype, None)
         return y, h
@@ -91,7 +93,7 @@ def gated_add(
 ) -> torch.Tensor:
     """x + gate * update in x's dtype; shapes and errors as `add_norm`."""
     _check(x, update, gate, None, None, None, None)
-    if _trains(x, update, gate):
+    if _differentiates(x, update, gate):
         return reference.add(x, update, gate)
     return _gated_add(x, update, gate)
 
@@ -112,7 +114,7 @@ def rms_norm(
         angles: cosines and sines (L, head_dim/2), float32, of each token; head_dim divides D.
             None: no rotation.
         in_place: x may be overwritten with the result, which then takes no memory. It is not
-            where a gradient is wanted, or the last dimension is not contiguous.
+            where a derivative is wanted, or the last dimension is not contiguous.
 
     Returns:
         (B, L, D), dtype of x; contiguous, or x.
@@ -134,7 +136,7 @@ def rms_norm(
             f"got {tuple(cos.shape)}"
         )
     _check_width(x)
-    if _trains(x, weight):
+    if _differentiates(x, weight):
         return reference.rms_norm(x, weight, eps, cos, sin)
     if in_place and x.stride(-1) == 1:
         _rms_norm_in_place(x, weight, eps, cos, sin)
@@ -282,15 +284,18 @@ def _output(out: torch.dtype | str) -> tuple[torch.dtype | None, str | None]:
     return None, out
 
 
-def _trains(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def _differentiates(*tensors: torch.Tensor | None) -> bool:
+    """Whether a gradient or a tangent is wanted."""
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return trains or has_tangent(*tensors)
 
 
 def _refuse_format(format: str | None) -> None:
     if format is not None:
         raise ValueError(
-            f"quantisation to {format} has no gradient: call it under torch.no_grad(), or train "
-            "the model before its linear layers are quantised"
+            f"quantisation to {format} has no gradient and no tangent: call it under "
+            "torch.no_grad() and without tangents, or train the model before its linear layers "
+            "are quantised"
         )
 
 
