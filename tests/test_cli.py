@@ -19,7 +19,7 @@ from PIL import Image
 from turbodit import video as video_module
 from turbodit.cli import main
 from turbodit.cli.generate import TASKS
-from turbodit.config import PRESETS
+from turbodit.config import PRESETS, ModelConfig
 from turbodit.request import Settings
 from turbodit.video import Video, sidecar
 
@@ -49,6 +49,11 @@ class GreyPipeline:
         return [Video(frames, settings.fps, settings.prompts[0], settings.seeds[0], {}, timings)]
 
 
+def folder_of(model: ModelConfig, **stated: object) -> SimpleNamespace:
+    """Stands in for the folder of a model whose files state that."""
+    return SimpleNamespace(config=lambda _: model, stated=lambda _: stated)
+
+
 @pytest.fixture
 def pipe(monkeypatch, tmp_path) -> GreyPipeline:
     """The pipeline that `turbodit generate` loads; the current folder is `tmp_path`."""
@@ -60,7 +65,7 @@ def pipe(monkeypatch, tmp_path) -> GreyPipeline:
         return grey
 
     def find_model(name) -> SimpleNamespace:
-        return SimpleNamespace(config=lambda transformers: PRESETS[Path(name).name])
+        return folder_of(PRESETS[Path(name).name])
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("turbodit.pipeline.Pipeline.from_pretrained", load)
@@ -168,6 +173,8 @@ def test_flags_people_know(pipe, flags, field, value):
         (["--offload", "sequential"], "offload", "sequential"),
         (["--dtype", "bfloat16"], "dtype", torch.bfloat16),
         (["--attention_type", "sdpa"], "attention", "sdpa"),
+        ([], "attention", None),
+        ([], "attention_settings", {}),
         (["--attention", "sla", "--sla_topk", "0.2"], "attention_settings", {"ratio": 0.2}),
         (["--linear", "fp8"], "linear", "fp8-channel"),
         (["--linear", "int8-block"], "linear", "int8-block"),
@@ -184,6 +191,35 @@ def test_flags_people_know(pipe, flags, field, value):
 def test_loading_options(pipe, flags, option, value):
     assert main(["generate", *flags, "a fox", *SMALL]) == 0
     assert pipe.options[option] == value
+
+
+def test_attention_is_what_the_files_state_unless_given(pipe, capsys, monkeypatch):
+    """And is recorded: a video of another one is another video."""
+    settings = {"ratio": 0.3, "block_q": 32, "block_k": 32}
+    folder = folder_of(PRESETS["spritewan"], attention="sla", attention_settings=settings)
+    monkeypatch.setattr("turbodit.checkpoints.find_model", lambda name: folder)
+    command = ["generate", "a fox", *SMALL, "-o", "fox.gif"]
+
+    def recorded(*flags: str) -> tuple[str, dict[str, object]]:
+        assert main([*command, "--force", *flags, "--json"]) == 0
+        (video,) = json.loads(capsys.readouterr().out)["videos"]
+        return video["settings"]["attention"], video["settings"].get("attention_settings", {})
+
+    assert recorded() == ("sla", settings)
+    assert recorded("--sla-topk", "0.5") == ("sla", settings | {"ratio": 0.5})
+    assert recorded("--attention", "sagesla") == ("sagesla", settings)
+    assert recorded("--attention", "sage") == ("sage", {})
+    assert main([*command, "--attention", "sage", "--resume"]) == 0
+    assert "exists already" in fails_after_output(capsys, *command, "--resume")
+    assert main([*command, "--force"]) == 0
+    assert "attention" in (out := capsys.readouterr().out) and "sla" in out and "0.3" in out
+
+
+def test_a_setting_without_its_attention_is_told_at_once(pipe, capsys):
+    pipe.options = {"loaded": False}
+    error = fails(capsys, "generate", "a fox", "--sla-topk", "0.5")
+    assert "attention 'sdpa' has no setting ratio; supported: none" in error
+    assert pipe.options == {"loaded": False}
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))
@@ -492,7 +528,7 @@ def test_what_is_not_there_is_told_before_weights_are_read(
     monkeypatch, tmp_path, capsys, flags, message
 ):
     monkeypatch.chdir(tmp_path)
-    folder = SimpleNamespace(config=lambda transformers: PRESETS["spritewan"])
+    folder = folder_of(PRESETS["spritewan"])
     monkeypatch.setattr("turbodit.checkpoints.find_model", lambda name: folder)
     assert main(["generate", "a fox", *flags]) == 2
     assert message in capsys.readouterr().err

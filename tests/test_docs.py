@@ -10,7 +10,9 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("page", ["attention.md", "checkpoints.md"])
+@pytest.mark.parametrize(
+    "page", ["attention.md", "checkpoints.md", "evaluation.md", "plan.md", "training/merge.md"]
+)
 def test_python_examples(page: str) -> None:
     """All in one, top to bottom: later ones use the names of earlier ones."""
     examples = re.findall(

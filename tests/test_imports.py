@@ -17,17 +17,17 @@ SOURCE = Path(turbodit.__file__).parent
 LAYERS = (
     ("config", "device", "noise_schedule", "images", "video", "kernels"),
     ("sampling", "offload", "prompt_cache", "weights", "request", "attention", "quantization"),
-    ("model", "text_encoder", "image_encoder", "vae"),
+    ("model", "text_encoder", "image_encoder", "vae", "plan"),
     ("checkpoints", "conditioning", "graph"),
     ("pipeline", "distributed"),
     ("random_models",),
-    ("batch", "training", "benchmark", "evaluation", "serving", "integrations", "recipes"),
-    ("spritewan", "doctor"),
+    ("batch", "training", "benchmark", "evaluation", "serving", "integrations"),
+    ("spritewan", "doctor", "recipes"),
     ("cli",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 ALLOWED_IN_KERNELS = {"torch", "triton"} | set(sys.stdlib_module_names)
-PURE = ("config", "noise_schedule", "images", "video", "request", "batch", "cli")
+PURE = ("config", "noise_schedule", "images", "video", "request", "batch", "plan", "cli")
 
 
 def modules() -> list[Path]:

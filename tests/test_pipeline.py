@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 from tests.tiny_models import tiny_diffusers_folder
 
-from turbodit.checkpoints import find_model
+from turbodit.attention import SageSLA, SparseLinearAttention
+from turbodit.checkpoints import find_model, load_transformer, save_transformer
 from turbodit.pipeline import Pipeline
 from turbodit.request import GenerationRequest
 
@@ -201,6 +203,55 @@ def test_attention_settings_are_the_models_unless_given(folder, monkeypatch):
     assert blocks() == {"block_q": 16, "block_k": 32}
     given = {"ratio": 0.5, "block_k": 64}
     assert blocks(attention_settings=given) == {"block_q": 16, **given}
+
+
+SLA = {"attention": "sla", "attention_settings": {"ratio": 0.3, "block_q": 16, "block_k": 32}}
+
+
+@pytest.fixture(scope="module")
+def student(folder, tmp_path_factory):
+    """The transformer as training leaves it: sparse, distilled, and saying so."""
+    with pytest.warns(UserWarning, match="not trained with sparse-linear"):
+        model = load_transformer(folder / "transformer", dtype=torch.float32, attention="sla")
+    path = tmp_path_factory.mktemp("student") / "transformer"
+    sampling = {"solver": "few-step", "steps": 3, "sigma_max": 120.0}
+    save_transformer(model, path, stated=SLA | {"sampling": sampling})
+    return path
+
+
+def test_files_say_how_they_are_used(folder, student):
+    def attention_of(**given):
+        pipe = Pipeline.from_pretrained(folder, transformer=student, device="cpu", **given)
+        return pipe, pipe.transformers["transformer"].blocks[1].self_attn.attn_op.local_attn
+
+    pipe, attend = attention_of()
+    assert type(attend) is SparseLinearAttention
+    assert (attend.ratio, attend.block_q, attend.block_k) == (0.3, 16, 32)
+    video = pipe("a cat", width=64, height=32, frames=5, seed=0)
+    used = {"solver": "few-step", "steps": 3, "sigma_max": 120.0, "guidance": 1.0}
+    assert used.items() <= video.settings.items()
+    assert "negative_prompt" not in video.settings
+
+    _, attend = attention_of(attention="sagesla", attention_settings={"ratio": 0.5})
+    assert type(attend) is SageSLA
+    assert (attend.ratio, attend.block_q, attend.block_k) == (0.5, 16, 32)
+    with pytest.raises(ValueError, match="supported: attention 'sla' or 'sagesla', got 'sdpa'"):
+        attention_of(attention="sdpa")
+
+
+def test_a_stated_attention_has_to_run(folder, student, monkeypatch):
+    monkeypatch.setattr("turbodit.pipeline.available", lambda name, device: (False, "too old"))
+    monkeypatch.setattr("turbodit.pipeline.load_transformer", lambda *_, **__: pytest.fail())
+    with pytest.raises(ValueError, match="attention 'sla' does not run on cpu: too old"):
+        Pipeline.from_pretrained(folder, transformer=student, device="cpu")
+
+
+def test_experts_that_state_other_attention_are_refused(tmp_path):
+    experts = tiny_diffusers_folder(tmp_path / "experts", "t2v-a14b")
+    config = experts / "transformer_2" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | SLA))
+    with pytest.raises(ValueError, match=r"same attention; .*transformer states none, .*_2 sla"):
+        Pipeline.from_pretrained(experts, device="cpu")
 
 
 def test_a_setting_that_the_attention_does_not_have_is_refused_before_loading(folder, monkeypatch):

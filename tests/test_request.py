@@ -71,6 +71,20 @@ def test_a_distilled_model_still_takes_many_steps_of_another_solver():
     assert settings(student, solver="euler").steps == 50
 
 
+def test_guidance_of_a_distilled_model_is_what_it_says():
+    sampling = dataclasses.replace(SPRITE.sampling, solver="few-step", steps=3, guidance=1.0)
+    student = dataclasses.replace(SPRITE, sampling=sampling)
+    assert settings(student).guidance == settings(student, solver="euler").guidance == 1.0
+    assert settings(student).negative_prompt is None
+    sampling = dataclasses.replace(
+        A14B.sampling, solver="few-step", steps=4, guidance=2.0, guidance_high_noise=1.5
+    )
+    s = settings(dataclasses.replace(A14B, sampling=sampling))
+    assert (s.guidance, s.guidance_high_noise) == (2.0, 1.5)
+    s = settings(A14B, solver="few-step")  # not its own
+    assert (s.guidance, s.guidance_high_noise) == (1.0, 1.0)
+
+
 def test_seeds_count_on_from_the_first():
     s = settings(SPRITE, ["a", "b"], seed=7, num_videos=2)
     assert s.prompts == ("a", "a", "b", "b")

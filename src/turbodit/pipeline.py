@@ -22,8 +22,9 @@ from PIL import Image
 from torch import nn
 
 from turbodit import quantization
-from turbodit.attention import BACKENDS, attention_function, available
+from turbodit.attention import available
 from turbodit.checkpoints import find_model, load_transformer
+from turbodit.checkpoints.stated import choose_attention
 from turbodit.conditioning import ImageCondition, encode_known_frames
 from turbodit.config import ModelConfig
 from turbodit.device import choose_device
@@ -119,7 +120,7 @@ class Pipeline:
         transformer: str | Path | Sequence[str | Path] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        attention: str = "sdpa",
+        attention: str | None = None,
         attention_settings: Mapping[str, Any] | None = None,
         linear: str | None = None,
         residual: Residual = "float32",
@@ -136,8 +137,10 @@ class Pipeline:
             transformer: a file or folder with other weights for the DiT; one per expert.
             device: by default a GPU where there is one.
             dtype: of the weights; by default bfloat16 on a GPU and float32 on a CPU.
-            attention: back-end of the DiT's self attention (`attention.BACKENDS`).
-            attention_settings: of the back-end, e.g. {"ratio": 0.15}; else the model's own.
+            attention: back-end of the DiT's self attention (`attention.BACKENDS`); None: what
+                its files state (`checkpoints.stated`), else "sdpa".
+            attention_settings: of the back-end, e.g. {"ratio": 0.15}; else what the files state,
+                and then the model's own.
             linear: 8-bit format of the DiT's linear layers (`quantization.linear_format`); None:
                 that of its files.
             residual: dtype of the DiT's residual stream, "float32" or "bfloat16".
@@ -149,18 +152,24 @@ class Pipeline:
 
         Raises:
             FileNotFoundError: no such model, or a part of it is missing.
-            ValueError: a broken or unsupported file; a device that is not there; a back-end
-                that does not run on it; an offload mode that is unknown or needs a GPU.
+            ValueError: a broken or unsupported file; experts whose files do not state the same;
+                a device that is not there; a back-end that does not run on it; an offload mode
+                that is unknown or needs a GPU.
         """
         device = choose_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        _check_runs(device, attention, linear, offload)
+        _check_runs(device, linear, offload)
+        if attention is not None:
+            _check_attention(device, attention)  # before anything is downloaded
         folder = find_model(model)
         given = (transformer,) if isinstance(transformer, (str, Path)) else transformer or ()
         sources = tuple(Path(source) for source in given)
         config = folder.config(sources)
         shape = config.transformer
-        settings = _attention_settings(attention, config, attention_settings or {})
+        chosen, settings = choose_attention(
+            config, folder.stated(sources), attention, attention_settings or {}
+        )
+        _check_attention(device, chosen)
         home = device if offload == "none" else torch.device("cpu")
         parts: dict[str, Callable[[], Any]] = {
             "text_encoder": lambda: TextEncoder.from_pretrained(
@@ -173,7 +182,7 @@ class Pipeline:
                     config=shape,
                     dtype=dtype,
                     device=home,
-                    attention=attention,
+                    attention=chosen,
                     attention_settings=settings,
                     linear=linear,
                     residual=residual,
@@ -276,6 +285,26 @@ class Pipeline:
             Video(clip, settings.fps, prompt, seed, dict(summary), clock.timings())
             for clip, prompt, seed in zip(frames, settings.prompts, settings.seeds, strict=True)
         ]
+
+    @torch.no_grad()
+    def latents(
+        self, settings: Settings, progress: Progress | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, ImageCondition]:
+        """What training data is made of: nothing is decoded.
+
+        Returns:
+            Clean latents (B, C, T, H, W) float32, text embeddings (B, text_len, text_dim), and
+            the image condition.
+        """
+        report = progress or _silent
+        try:
+            context, negative = self._encode_prompts(settings, report)
+            condition = ImageCondition()
+            if settings.image is not None:
+                condition = self._encode_images(settings, settings.image, report)
+            return self._denoise(settings, context, negative, condition, report), context, condition
+        finally:
+            self._residence.clear()
 
     def _encode_prompts(
         self, settings: Settings, report: Progress
@@ -443,30 +472,21 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _check_runs(device: torch.device, attention: str, linear: str | None, offload: str) -> None:
+def _check_runs(device: torch.device, linear: str | None, offload: str) -> None:
     """Refuse what cannot run on the device before anything is loaded."""
     check_mode(offload)
     if offload != "none" and device.type == "cpu":
         raise ValueError(f"offload {offload!r} needs a GPU to keep free; the device is cpu")
-    runs, reason = available(attention, device)
-    if not runs:
-        raise ValueError(f"attention {attention!r} does not run on {device}: {reason}")
     if linear is not None:
         runs, reason = quantization.available(linear_format(linear), device)
         if not runs:
             raise ValueError(f"linear layers in {linear} do not run on {device}: {reason}")
 
 
-def _attention_settings(
-    attention: str, config: ModelConfig, given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """`given` over the model's own settings; an error now is one before anything is loaded."""
-    settings = dict(given)
-    if config.attention_blocks is not None and "block_q" in BACKENDS[attention].settings:
-        block_q, block_k = config.attention_blocks
-        settings = {"block_q": block_q, "block_k": block_k} | settings
-    attention_function(attention, head_dim=config.transformer.head_dim, **settings)
-    return settings
+def _check_attention(device: torch.device, attention: str) -> None:
+    runs, reason = available(attention, device)
+    if not runs:
+        raise ValueError(f"attention {attention!r} does not run on {device}: {reason}")
 
 
 def _silent(stage: str, done: int, total: int) -> None:

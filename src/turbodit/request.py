@@ -340,10 +340,11 @@ def _guidance(request: GenerationRequest, model: ModelConfig) -> dict[str, Any]:
     """Guidance of each expert, their boundary, and the negative prompt if it has a use."""
     defaults = model.sampling
     solver = request.solver or defaults.solver
-    distilled = solver == "few-step"  # rCM students have their guidance built in
+    # rCM students have their guidance built in, or say what they need.
+    own = solver != "few-step" or defaults.solver == "few-step"
     guidance = request.guidance
     if guidance is None:
-        guidance = 1.0 if distilled else defaults.guidance
+        guidance = defaults.guidance if own else 1.0
     values: dict[str, Any] = {"guidance": guidance}
     if defaults.boundary is None:
         for name in ("guidance_high_noise", "boundary"):
@@ -354,7 +355,7 @@ def _guidance(request: GenerationRequest, model: ModelConfig) -> dict[str, Any]:
     else:
         high = request.guidance_high_noise
         if high is None:
-            own = request.guidance is None and not distilled
+            own = own and request.guidance is None
             high = defaults.guidance_high_noise if own else guidance
         boundary = defaults.boundary if request.boundary is None else request.boundary
         _require(0 < boundary < 1, f"boundary must be between 0 and 1, got {boundary}")

@@ -96,6 +96,58 @@ def test_boundary_of_the_folder_counts(tmp_path: Path, monkeypatch: pytest.Monke
     assert folder.config().sampling.boundary == 0.5
 
 
+def state(transformer: Path, **stated: object) -> None:
+    path = transformer / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | stated))
+
+
+def test_files_state_how_they_are_sampled(tmp_path: Path) -> None:
+    folder = find_model(tiny_diffusers_folder(tmp_path / "base"))
+    student = tiny_diffusers_folder(tmp_path / "student") / "transformer"
+    own = folder.config().sampling
+    state(student, sampling={"solver": "few-step", "steps": 2, "sigma_max": 120.0})
+    expected = replace(own, solver="few-step", steps=2, sigma_max=120.0, guidance=1.0)
+    assert folder.config((student,)).sampling == expected
+    assert folder.config().sampling == own
+    state(student, sampling={"solver": "few-step"})
+    assert folder.config((student,)).sampling.steps == 4
+    state(student, sampling={"solver": "few-step", "guidance": 2.0})
+    assert folder.config((student,)).sampling.guidance == 2.0
+    state(student, sampling={"steps": 30})
+    assert folder.config((student,)).sampling == replace(own, steps=30)
+    state(student, sampling={"speed": 30})
+    with pytest.raises(ValueError, match=r"transformer/config\.json: sampling has no speed; supp"):
+        folder.config((student,))
+    state(student, sampling={"boundary": 0.9})
+    with pytest.raises(ValueError, match=r"state sampling boundary 0\.9, but base has one expert"):
+        folder.config((student,))
+
+
+def test_a_stated_shift_is_for_all_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = find_model(tiny_diffusers_folder(tmp_path, "i2v"))
+    known = PRESETS["Wan2.1-I2V-14B-480P"]
+    monkeypatch.setitem(PRESETS, "i2v", replace(known, transformer=folder.config().transformer))
+    state(folder.path / "transformer", sampling={"shift": 8.0})
+    expected = replace(known.sampling, shift=8.0, shift_480p=None)
+    assert folder.config().sampling == expected
+
+
+def test_experts_state_the_same(tmp_path: Path) -> None:
+    folder = find_model(tiny_diffusers_folder(tmp_path, "t2v-a14b"))
+    few = {"solver": "few-step", "steps": 4}
+    state(tmp_path / "transformer", sampling=few)
+    with pytest.raises(ValueError, match=r"same sampling; .*/transformer states .*transformer_2 n"):
+        folder.config()
+    state(tmp_path / "transformer_2", sampling=few)
+    sampling = folder.config().sampling
+    assert (sampling.steps, sampling.guidance, sampling.guidance_high_noise) == (4, 1.0, 1.0)
+    assert sampling.boundary == BOUNDARY["t2v-a14b"]
+    for part in folder.transformers:
+        state(part, sampling=few | {"guidance_high_noise": None})
+    with pytest.raises(ValueError, match=r"guidance_high_noise None, but .* has two experts"):
+        folder.config()
+
+
 def test_other_transformers_in_a_folder_without_its_own(tmp_path: Path) -> None:
     folder = find_model(tiny_native_folder(tmp_path / "base"))
     (folder.path / "config.json").unlink()

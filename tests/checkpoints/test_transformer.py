@@ -203,7 +203,7 @@ def test_a_packed_model_is_not_saved(tmp_path: Path) -> None:
 
 def test_kinds_that_are_refused(state: State, tmp_path: Path) -> None:
     torch.save({**state, "blocks.0.self_attn.q.lora_A.weight": torch.zeros(1)}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"a\.pth is a LoRA.*not supported yet"):
+    with pytest.raises(ValueError, match=r"a\.pth is a LoRA.*turbodit merge --lora"):
         load_transformer(tmp_path / "a.pth", CONFIG)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -102,13 +104,76 @@ def test_a_perfect_generator_is_judged_as_the_ground_truth(
     assert len(first_frames) == 2
 
 
-def test_frechet_distance_of_gaussians() -> None:
+def test_samples_of_other_seeds_and_their_seconds() -> None:
+    scenes = [scene(HELD_OUT + i) for i in range(3)]
+    told: list[tuple[str, int, int]] = []
+
+    class Counter:
+        """Every clip shows its scene's number; a batch of two takes 6 seconds, of one 5."""
+
+        def __init__(self) -> None:
+            self.seeds: list[int] = []
+
+        def resolve(self, request: GenerationRequest) -> GenerationRequest:
+            assert request.steps == 5
+            return request
+
+        def generate(self, request: GenerationRequest) -> list[Video]:
+            self.seeds += request.seed
+            timings = {"text": 0.5, "denoise": 2.5 + len(request.seed), "decode": 1.0}
+            timings["denoise_step"] = 9.0  # a part of it
+            clips = [np.full((9, 4, 4, 3), seed % HELD_OUT, np.uint8) for seed in request.seed]
+            return [Video(clip, fps=16, timings=timings) for clip in clips]
+
+    pipe, judge = Counter(), Reader(scenes)
+    sample = evaluation.draw_sample(
+        pipe,
+        judge,
+        scenes,
+        {"steps": 5},
+        repetition=2,
+        batch=2,
+        progress=lambda *step: told.append(step),
+    )
+    assert pipe.seeds == [3 * HELD_OUT + i for i in range(3)]
+    assert judge.batches == [2, 1]
+    assert told == [("seed 2", 2, 3), ("seed 2", 3, 3)]
+    assert sample.seconds == pytest.approx(4)  # 6 / 2 and 5 / 1
+    assert sample.shown.shape == (3, 9, 3, 4, 4)
+    assert sample.shown[:, 0, 0, 0, 0].tolist() == [0, 1, 2]
+    assert evaluation.score(sample.verdict, scenes)["object"] == 1
+
+
+def test_quality_is_the_mean_over_seeds() -> None:
+    scenes = [scene(HELD_OUT + i) for i in range(5)]
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 20_000, 3, generator=generator, dtype=torch.float64).unbind()
-    assert evaluation.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
-    # |m|^2 + sum (s1 - s2)^2 for two diagonal Gaussians
-    scale, shift = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, -2.0, 0.0])
-    want = 5 + sum((s - 1) ** 2 for s in (1, 2, 3))
-    assert evaluation.frechet_distance(x, y * scale + shift) == pytest.approx(want, rel=0.02)
-    few = evaluation.frechet_distance(x[:2], y[:3])  # fewer clips than features
-    assert 0 <= few < 100
+    reference = torch.randn(50, 4, generator=generator)
+    verdicts = []
+    for blind, shift in (((), 0.0), ((0, 1), 3.0)):
+        verdict = Reader(scenes, blind).predict(numbered(5))
+        features = torch.randn(5, 4, generator=torch.Generator().manual_seed(1)) + shift
+        verdicts.append(replace(verdict, features=features))
+    row = evaluation.quality(verdicts, scenes, reference)
+    first, second = row["by_seed"]
+    assert (first["object"], second["object"], row["object"]) == (100, 60, 80)
+    assert second["frechet"] > first["frechet"] + 20
+    assert row["frechet"] == pytest.approx((first["frechet"] + second["frechet"]) / 2)
+    assert row["precision"] == (first["precision"] + second["precision"]) / 2
+    assert row["diversity"] == pytest.approx(6)  # (3, 3, 3, 3)
+    assert evaluation.quality(verdicts[:1], scenes, reference)["diversity"] is None
+
+
+def test_real_clips_are_judged_in_batches() -> None:
+    scenes = [scene(HELD_OUT + i) for i in range(3)]
+
+    class Tall(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.anchor = nn.Parameter(torch.zeros(1))
+
+        def predict(self, videos: torch.Tensor) -> Verdict:
+            pixels = videos[:, 0, :, 0, 0].float()
+            return Verdict(pixels, pixels, pixels, pixels)
+
+    verdict = evaluation.judge_scenes(Tall(), scenes, batch=2)
+    assert torch.equal(verdict.features, render(scenes)[:, 0, :, 0, 0].float())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from turbodit.checkpoints.transformer import presets_like, transformer_config
+from turbodit.checkpoints.stated import SAMPLING, Stated, agreed
+from turbodit.checkpoints.transformer import presets_like, stated_use, transformer_config
 from turbodit.config import (
     PRESETS,
     SIZES_480P,
@@ -18,6 +20,7 @@ from turbodit.config import (
     TransformerConfig,
     VAEConfig,
 )
+from turbodit.noise_schedule import MID_TIMES
 from turbodit.weights import read_json
 
 EMBEDDED = {"spritewan": Path(__file__).parents[1] / "assets" / "spritewan"}
@@ -87,7 +90,8 @@ class ModelFolder:
         return self._find("image_processor") if self.layout == "diffusers" else None
 
     def config(self, transformers: tuple[Path, ...] = ()) -> ModelConfig:
-        """What model this is: the preset with these shapes, or else one made from them.
+        """What model this is: the preset with these shapes, or else one made from them; with the
+        sampler's defaults that the transformers' files state.
 
         Presets that differ only in their defaults (Wan2.1-I2V-14B for 480p and 720p) are told
         apart by the folder's path; where it does not say, the first is taken.
@@ -97,9 +101,28 @@ class ModelFolder:
 
         Raises:
             FileNotFoundError: a part is missing.
-            ValueError: a part is broken or not supported.
+            ValueError: a part is broken or not supported, or files state what is unknown, does not
+                fit the model, or differs between its experts.
+        """
+        model = self._model(transformers or self.transformers)
+        sampling = self.stated(transformers).get(SAMPLING, {})
+        return replace(model, sampling=_stated_sampling(model.sampling, sampling, model.name))
+
+    def stated(self, transformers: tuple[Path, ...] = ()) -> Stated:
+        """What the transformers' files say about their use (`checkpoints.stated`).
+
+        Args:
+            transformers: as of `config`.
+
+        Raises:
+            FileNotFoundError: a part is missing.
+            ValueError: something unknown, or experts that do not state the same.
         """
         sources = transformers or self.transformers
+        return agreed({source: stated_use(source) for source in sources})
+
+    def _model(self, sources: tuple[Path, ...]) -> ModelConfig:
+        """The preset, or the model that is none, before what its files state."""
         shape, vae = transformer_config(sources[0]), self._vae_config()
         _check_channels(shape, sources[0], vae, self.vae)
         alike = [
@@ -180,6 +203,30 @@ class ModelFolder:
 
     def _found(self) -> str:
         return ", ".join(sorted(entry.name for entry in self.path.iterdir())) or "nothing"
+
+
+def _stated_sampling(own: SamplingConfig, stated: Mapping[str, Any], name: str) -> SamplingConfig:
+    """`own`, with what files state in its place.
+
+    A model that is none of the few-step solver's and has become one has its guidance built in.
+    """
+    implied: dict[str, Any] = {}
+    if stated.get("solver") == "few-step" != own.solver:
+        guidance = stated.get("guidance", 1.0)
+        implied = {"steps": len(MID_TIMES) + 1, "guidance": guidance}
+        if own.guidance_high_noise is not None:
+            implied["guidance_high_noise"] = guidance
+    if "shift" in stated:
+        implied["shift_480p"] = None
+    new = replace(own, **{**implied, **stated})
+    for field in ("boundary", "guidance_high_noise"):
+        if (getattr(new, field) is None) != (own.boundary is None):
+            experts = "one expert" if own.boundary is None else "two experts"
+            raise ValueError(
+                f"the transformer's files state {SAMPLING} {field} {getattr(new, field)}, but "
+                f"{name} has {experts}"
+            )
+    return new
 
 
 def _check_channels(

@@ -27,7 +27,7 @@ FP8_SCALE = ".scale_weight"  # one number, of the weight beside it
 FP8_INPUT_SCALE = ".scale_input"  # a hint for a product in fp8; we find scales as we go
 
 UNSUPPORTED = {  # part of a name -> what a file with such names is
-    ".lora_": "a LoRA, not a whole model",
+    ".lora_": "a LoRA, not a whole model: merge it with turbodit merge --lora",
 }
 
 
@@ -41,7 +41,7 @@ def native_weights(weights: LazyWeights, source: Path) -> LazyWeights:
     """
     for mark, kind in UNSUPPORTED.items():
         if any(mark in name for name in weights):
-            raise ValueError(f"{source} is {kind}; not supported yet")
+            raise ValueError(f"{source} is {kind}")
     plain = {_unwrapped(name): name for name in weights}
     prefix = next((prefix for prefix in PREFIXES if prefix + ANCHOR in plain), None)
     if prefix is None:

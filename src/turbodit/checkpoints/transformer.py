@@ -23,11 +23,13 @@ from turbodit.checkpoints.linears import (
     convert_linears,
     stored_format,
 )
+from turbodit.checkpoints.stated import Stated, check_stated, read_stated
 from turbodit.checkpoints.write import CONFIG_KEY, new_folder, write_folder
 from turbodit.config import PRESETS, ModelConfig, TransformerConfig
 from turbodit.model.wan import Residual, WanModel
 from turbodit.quantization import (
     QuantizedLinear,
+    check_no_lora,
     is_quantizable,
     linear_format,
     replace_linears,
@@ -50,11 +52,13 @@ TEXT_LEN = 512  # where a config does not say; diffusers' cannot
 
 
 class Stored(NamedTuple):
-    """A DiT that is not read yet: its shape, 8-bit format, and weights under original names."""
+    """A DiT that is not read yet: its shape, 8-bit format, weights under original names, and what
+    its files say about its use (`checkpoints.stated`)."""
 
     config: TransformerConfig
     format: str | None
     weights: LazyWeights
+    stated: Stated
 
 
 def load_transformer(
@@ -120,9 +124,19 @@ def open_transformer(
     Raises: as `load_transformer`.
     """
     weights = native_weights(lazy_weights(source, mapped=mapped), source)
-    stated = _stated_content(source)
-    format = stored_format(weights, source, stated.get(FORMAT_KEY))
-    return Stored(config or _config_of(source, stated, weights), format, weights)
+    content = _stated_content(source)
+    format = stored_format(weights, source, content.get(FORMAT_KEY))
+    config = config or _config_of(source, content, weights)
+    return Stored(config, format, weights, stated_use(source))
+
+
+def stated_use(source: Path) -> Stated:
+    """What the files of the DiT at `source` say about its use; no weights are looked at.
+
+    Raises:
+        ValueError: something unknown, or values of another kind (`stated.check_stated`).
+    """
+    return read_stated(_stated_content(source), _config_place(source))
 
 
 def empty_transformer(
@@ -181,7 +195,10 @@ def _with_linear_branch(
 
 
 def save_transformer(
-    model: WanModel, folder: Path | str, max_shard_size: int | str = "5GB"
+    model: WanModel,
+    folder: Path | str,
+    max_shard_size: int | str = "5GB",
+    stated: Stated | None = None,
 ) -> None:
     """Write `model` in diffusers' layout: config.json and safetensors, sharded if large.
 
@@ -190,11 +207,16 @@ def save_transformer(
 
     Args:
         max_shard_size: bytes per file, or a string such as "16MB".
+        stated: how the model is to be used, for config.json (`checkpoints.stated`).
 
     Raises:
-        ValueError: linear layers in several formats, or packed into others.
+        ValueError: linear layers in several formats, packed into others or with a LoRA; or
+            `stated` has what is unknown.
         OSError: it cannot be written.
     """
+    stated = stated or {}
+    check_stated(stated, "the model to be saved")
+    check_no_lora(model)
     formats = {m.format for m in model.modules() if isinstance(m, QuantizedLinear)}
     if len(formats) > 1:
         raise ValueError(f"the model mixes formats of linear layers: {', '.join(sorted(formats))}")
@@ -204,7 +226,7 @@ def save_transformer(
     if missing:
         raise ValueError(f"the model cannot be saved, it has no {listing(sorted(missing))}")
     with new_folder(Path(folder)) as partial:
-        write_transformer(partial, Stored(model.config, format, weights), max_shard_size)
+        write_transformer(partial, Stored(model.config, format, weights, stated), max_shard_size)
 
 
 def write_transformer(
@@ -219,7 +241,7 @@ def write_transformer(
         OSError: it cannot be written.
     """
     weights = {to_diffusers(name): tensor for name, tensor in stored.weights.items()}
-    config = config_json(stored.config, stored.format)
+    config = config_json(stored.config, stored.format, stored.stated)
     write_folder(folder, weights, config, max_shard_size, advance)
 
 
@@ -236,12 +258,12 @@ def presets_like(config: TransformerConfig) -> list[ModelConfig]:
     return [model for model in PRESETS.values() if _shape(model.transformer) == _shape(config)]
 
 
-def _config_of(source: Path, stated: dict[str, Any], weights: LazyWeights) -> TransformerConfig:
+def _config_of(source: Path, content: dict[str, Any], weights: LazyWeights) -> TransformerConfig:
     """The shape of the DiT at `source`, from what it states, its weights and the presets."""
-    if stated:
+    if content:
         # The original form of config.json does not say whether there are CLIP layers.
         image_dim, positions = _image_shape(weights)
-        config = _stated_config(_config_place(source), stated)
+        config = _stated_config(_config_place(source), content)
         return replace(config, image_dim=image_dim, image_positions=positions)
     if source.is_dir():
         raise FileNotFoundError(f"no config.json in {source}")
@@ -264,7 +286,7 @@ def _stated_content(source: Path) -> dict[str, Any]:
     if source.is_dir():
         path = source / "config.json"
         return read_json(path) if path.exists() else {}
-    if source.suffix != ".safetensors":
+    if source.suffix != ".safetensors" or not source.exists():
         return {}
     return json.loads(read_metadata(source).get(CONFIG_KEY, "{}"))
 
@@ -351,7 +373,9 @@ def _from_native(data: dict[str, Any]) -> TransformerConfig:
     return TransformerConfig(**{name: data[name] for name in names}, **optional)
 
 
-def config_json(config: TransformerConfig, format: str | None) -> dict[str, Any]:
+def config_json(
+    config: TransformerConfig, format: str | None, stated: Stated | None = None
+) -> dict[str, Any]:
     """The content of config.json, in diffusers' form."""
     data: dict[str, Any] = {
         "_class_name": "WanTransformer3DModel",
@@ -375,5 +399,5 @@ def config_json(config: TransformerConfig, format: str | None) -> dict[str, Any]
     if config.text_len != TEXT_LEN:
         data["text_len"] = config.text_len  # ours: diffusers warns of it and goes on
     if format is not None:
-        data[FORMAT_KEY] = format  # ours, too
-    return data
+        data[FORMAT_KEY] = format  # ours, too, as is `stated`
+    return data | dict(stated or {})

@@ -1,4 +1,4 @@
-"""The command line: `turbodit generate`, `quantize`, `bench` and `doctor`.
+"""The command line, `turbodit COMMAND`: see `Command`, and `train`.
 
 Nothing here imports torch before a command runs. Results go to stdout, everything else to
 stderr. A mistake of the user's is one line and exit status 2; Ctrl-C is status 130.
@@ -10,16 +10,23 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from tyro.conf import FlagCreatePairsOff, subcommand
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, subcommand
 
 from turbodit import __version__
 from turbodit.cli.bench import Bench
+from turbodit.cli.compare import Compare
+from turbodit.cli.encode import Encode
+from turbodit.cli.eval import Eval
 from turbodit.cli.generate import Generate, Switch
+from turbodit.cli.merge import Merge
+from turbodit.cli.plan import PlanCommand
 from turbodit.cli.quantize import Quantize
+from turbodit.cli.synthesize import Synthesize
+from turbodit.cli.train import train_command
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -46,7 +53,13 @@ class Doctor:
 Command = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Quantize, subcommand("quantize")]
+    | Annotated[Merge, subcommand("merge")]
+    | Annotated[PlanCommand, subcommand("plan")]
+    | Annotated[Synthesize, subcommand("synthesize")]
+    | Annotated[Encode, subcommand("encode")]
     | Bench
+    | Eval
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Doctor, subcommand("doctor")]
 )
 
@@ -57,12 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if list(arguments) == ["--version"]:
         print(f"turbodit {__version__}")
         return 0
+    try:
+        train = train_command(arguments)
+    except ValueError as error:
+        return _fail(str(error), USER_ERROR)
+    kinds: Any = Command | train
     command = tyro.cli(
-        Command,
+        kinds,
         prog="turbodit",
         description="Wan video diffusion made fast. `turbodit --version` prints the version.",
         args=arguments,
-        config=(FlagCreatePairsOff,),
+        config=(FlagCreatePairsOff, OmitArgPrefixes),
     )
     try:
         command.run()

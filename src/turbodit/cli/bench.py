@@ -178,8 +178,8 @@ class EndToEnd(Measurement):
     spritewan with its own weights, other models with random ones.
     """
 
-    attention: Annotated[str, _flag("NAME")] = "sdpa"
-    """Attention back-end. Default: sdpa."""
+    attention: Annotated[str | None, _flag("NAME")] = None
+    """Attention back-end; by default what spritewan's files state, and sdpa for other models."""
     linear: Annotated[Format | None, _flag("FORMAT")] = None
     """8 bits for the linear layers: int8-block, int8-channel or fp8."""
     residual: Annotated[Literal["float32", "bfloat16"], _flag("NAME")] = "float32"
@@ -195,12 +195,13 @@ class EndToEnd(Measurement):
         from turbodit.benchmark import e2e
         from turbodit.benchmark.modes import chosen_format
 
-        build = {
-            "attention": self.attention,
+        build: dict[str, Any] = {
             "linear": None if self.linear is None else chosen_format(self.linear, device),
             "residual": self.residual,
             "graph": device.type == "cuda" and not self.no_graph,
         }
+        if self.attention is not None:
+            build["attention"] = self.attention
         request = {"steps": self.steps, "solver": self.solver}
         options = e2e.Options(self._repeats(e2e.REPEATS, device), build, request)
         return e2e.report(self._workload(device), device, options, _tell)

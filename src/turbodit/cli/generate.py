@@ -107,8 +107,8 @@ class Generate:
     num_videos: Annotated[int | None, _flag("N", "--num-videos", "--num-samples")] = None
     """Videos per prompt."""
 
-    attention: Annotated[str, _flag("NAME", "--attention", "--attention-type")] = "sdpa"
-    """Attention back-end; `turbodit doctor` lists them. Default: sdpa."""
+    attention: Annotated[str | None, _flag("NAME", "--attention", "--attention-type")] = None
+    """Attention back-end, see `turbodit doctor`; by default what the files state, else sdpa."""
     sla_topk: Annotated[float | None, _flag("X")] = None
     """Share of key blocks that sparse attention keeps."""
     linear: Annotated[Literal["int8-block", "int8-channel", "fp8"] | None, _flag("FORMAT")] = None
@@ -152,11 +152,15 @@ class Generate:
         start = time.perf_counter()  # importing torch is part of loading
         from turbodit.batch import pending, plan
         from turbodit.checkpoints import find_model
+        from turbodit.checkpoints.stated import choose_attention
 
         orders = self._orders()
-        model = find_model(self._model_name()).config(self.transformer)
+        folder = find_model(self._model_name())
+        model = folder.config(self.transformer)
         self._check_task(model.name)
-        jobs = plan(orders, model, self._weights())
+        stated = folder.stated(self.transformer)
+        attention = choose_attention(model, stated, self.attention, self._attention_settings())
+        jobs = plan(orders, model, self._weights(*attention))
         todo = pending(jobs, resume=self.resume, force=self.force)
         left = {job.output for job in todo}
         summary = Summary(skipped=[str(job.output) for job in jobs if job.output not in left])
@@ -218,15 +222,18 @@ class Generate:
                 f"holds {name}"
             )
 
-    def _weights(self) -> dict[str, Any]:
+    def _attention_settings(self) -> dict[str, Any]:
+        return {} if self.sla_topk is None else {"ratio": self.sla_topk}
+
+    def _weights(self, attention: str, settings: dict[str, Any]) -> dict[str, Any]:
         """What decides a video besides the request, where it is not the default."""
-        weights: dict[str, Any] = {"weights": self._model_name(), "attention": self.attention}
+        weights: dict[str, Any] = {"weights": self._model_name(), "attention": attention}
+        if settings:
+            weights["attention_settings"] = settings
         if self.transformer:
             weights["transformer"] = [str(path) for path in self.transformer]
         if self.dtype is not None:
             weights["dtype"] = self.dtype
-        if self.sla_topk is not None:
-            weights["sla_topk"] = self.sla_topk
         if self.linear is not None:
             weights["linear"] = self.linear
         if self.residual != "float32":
@@ -247,7 +254,7 @@ class Generate:
             device=self.device,
             dtype=None if self.dtype is None else getattr(torch, self.dtype),
             attention=self.attention,
-            attention_settings=None if self.sla_topk is None else {"ratio": self.sla_topk},
+            attention_settings=self._attention_settings(),
             linear=None if self.linear is None else linear_format(self.linear),
             residual=self.residual,
             graph=not self.no_graph,

@@ -11,24 +11,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import torch
 import tyro
 from PIL import Image
 
-from turbodit.pipeline import Pipeline
+from turbodit.evaluation.distribution import diversity, frechet_distance, precision_recall
+from turbodit.pipeline import Pipeline, Progress
 from turbodit.request import GenerationRequest
 from turbodit.spritewan.contact_sheet import sheet
-from turbodit.spritewan.judge import Judge, load_judge, score
+from turbodit.spritewan.judge import Judge, Verdict, load_judge, score
 from turbodit.spritewan.train_vae import decibels
 from turbodit.spritewan.world import HELD_OUT, Scene, render, scene
 from turbodit.video import Video
 
 SHEET_CLIPS = 16
+STAGES = ("text", "denoise", "decode")  # of a generation from text
 
 
 @dataclass(frozen=True)
@@ -96,16 +99,109 @@ def from_text(
     pipe: Pipeline, scenes: Sequence[Scene], steps: int, options: Options
 ) -> torch.Tensor:
     """A clip for each scene's caption, uint8 (B,T,3,H,W)."""
-    videos: list[Video] = []
-    for part in _batches(scenes, options.batch):
-        request = GenerationRequest(
-            [s.caption for s in part],
-            seed=[options.seed + s.clip_id for s in part],
-            steps=steps,
-            guidance=options.guidance,
+    sampling = {"steps": steps, "guidance": options.guidance}
+    parts = text_batches(pipe, scenes, sampling, options.seed, options.batch)
+    return _stack([video for part in parts for video in part])
+
+
+def text_batches(
+    pipe: Pipeline, scenes: Sequence[Scene], sampling: Mapping[str, Any], seed: int, batch: int
+) -> Iterator[list[Video]]:
+    """A clip for each scene's caption, in batches; its seed is `seed` and the clip's id.
+
+    Args:
+        sampling: fields of GenerationRequest.
+    """
+    for part in _batches(scenes, batch):
+        seeds = [seed + s.clip_id for s in part]
+        request = GenerationRequest([s.caption for s in part], seed=seeds, **sampling)
+        yield pipe.generate(pipe.resolve(request))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model made of the scenes' captions, from one seed for each.
+
+    Attributes:
+        verdict: the judge's, on all clips; the clips themselves are not kept.
+        seconds: of a clip: of its batch over the batch's size, the median of all batches.
+        shown: the first clips, for a contact sheet, uint8 (n, T, 3, H, W).
+    """
+
+    verdict: Verdict
+    seconds: float
+    shown: torch.Tensor
+
+
+def draw_sample(
+    pipe: Pipeline,
+    judge: Judge,
+    scenes: Sequence[Scene],
+    sampling: Mapping[str, Any],
+    *,
+    repetition: int,
+    batch: int,
+    progress: Progress,
+) -> Sample:
+    """Make and judge one clip for each scene, a batch at a time.
+
+    Args:
+        sampling: fields of GenerationRequest.
+        repetition: counts samples of the same scenes from 0; each has other seeds.
+        progress: told how many clips are done.
+    """
+    verdicts, seconds, shown = [], [], []
+    done = 0
+    for videos in text_batches(pipe, scenes, sampling, repetition * HELD_OUT, batch):
+        clips = _stack(videos)
+        verdicts.append(judge.predict(clips))
+        seconds.append(sum(videos[0].timings[stage] for stage in STAGES) / len(videos))
+        if done < SHEET_CLIPS:
+            shown.append(clips[: SHEET_CLIPS - done])
+        done += len(videos)
+        progress(f"seed {repetition}", done, len(scenes))
+    return Sample(Verdict.concatenate(verdicts), median(seconds), torch.cat(shown))
+
+
+def quality(
+    samples: Sequence[Verdict], scenes: Sequence[Scene], reference: torch.Tensor
+) -> dict[str, Any]:
+    """How good samples of the scenes' captions are, and how different from each other.
+
+    Args:
+        samples: the judge's verdicts on a clip of each scene, once for every repetition.
+        reference: features of real clips, (n, D).
+
+    Returns:
+        object, motion, background: the judge's accuracies in percent.
+        frechet: distance to the reference.
+        precision, recall: against the reference (arXiv:1904.06991).
+        diversity: mean distance of features between repetitions; None if there is only one.
+        by_seed: all but diversity for each repetition; the values above are their means.
+    """
+    by_seed = []
+    for verdict in samples:
+        precision, recall = precision_recall(reference, verdict.features)
+        accuracies = {name: 100 * share for name, share in score(verdict, scenes).items()}
+        distance = frechet_distance(verdict.features, reference)
+        by_seed.append(
+            {**accuracies, "frechet": distance, "precision": precision, "recall": recall}
         )
-        videos += pipe.generate(pipe.resolve(request))
-    return _stack(videos)
+    several = len(samples) > 1
+    return {
+        **{name: mean(row[name] for row in by_seed) for name in by_seed[0]},
+        "diversity": (
+            diversity(torch.stack([v.features for v in samples], dim=1)) if several else None
+        ),
+        "by_seed": by_seed,
+    }
+
+
+def judge_scenes(judge: Judge, scenes: Sequence[Scene], batch: int) -> Verdict:
+    """The judge's verdict on the scenes themselves, drawn a batch at a time on its device."""
+    device = next(judge.parameters()).device
+    parts = [judge.predict(render(part, device)) for part in _batches(scenes, batch)]
+    return Verdict.concatenate(parts)
 
 
 def from_images(pipe: Pipeline, scenes: Sequence[Scene], options: Options) -> torch.Tensor:
@@ -139,24 +235,6 @@ def judged(
         for name, value in scores.items():
             totals[name] = totals.get(name, 0.0) + 100 * value * len(scenes[rows])
     return {name: round(total / len(scenes), 2) for name, total in totals.items()}
-
-
-def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Squared Fréchet distance of two Gaussians fitted to features (arXiv:1706.08500).
-
-    |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr(sqrt(C1 C2)). With X and Y the features less their
-    means, C1 = X^T X / (n - 1) and so on, and the last trace is the sum of the singular values
-    of X Y^T, or of the triangles of their QR decompositions: no root of a singular matrix.
-
-    Args:
-        one, other: features of at least two clips each, (n, D) and (m, D).
-    """
-    one, other = one.double(), other.double()
-    mean = (one.mean(dim=0) - other.mean(dim=0)).square().sum()
-    x = (one - one.mean(dim=0)) / (len(one) - 1) ** 0.5
-    y = (other - other.mean(dim=0)) / (len(other) - 1) ** 0.5
-    overlap = torch.linalg.svdvals(torch.linalg.qr(x).R @ torch.linalg.qr(y).R.T).sum()
-    return (mean + x.square().sum() + y.square().sum() - 2 * overlap).item()
 
 
 def _batches(scenes: Sequence[Scene], size: int) -> list[Sequence[Scene]]:

@@ -1,0 +1,178 @@
+"""`turbodit train`: a recipe, changed by flags, and run.
+
+The recipe gives every flag its default, so it is looked up before the flags are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import arg, subcommand
+
+from turbodit.cli.generate import Switch
+from turbodit.recipes import RCM, SLA
+from turbodit.training.config import RCMConfig, SLAConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from turbodit.plan import Plan
+
+DEFAULT_RECIPE = "spritewan"
+SPRITEWORLD = "spriteworld:"  # before a number of clips
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+@dataclass(frozen=True)
+class TrainSLA:
+    """Fine-tune a model for sparse-linear attention (SLA).
+
+    Started again, the same command goes on where it was. torchrun spreads it over several GPUs.
+    """
+
+    config: SLAConfig
+    recipe: Annotated[str, arg(metavar="NAME")] = DEFAULT_RECIPE
+    """What the other flags' defaults are: a model's name."""
+    dry_run: Switch = False
+    """Show the configuration and what it takes of memory; train nothing."""
+    debug: Switch = False
+    """Show the traceback of errors."""
+
+    def run(self) -> None:
+        """Train, or show what would be."""
+        if self.dry_run:
+            show(self.config, "sla")
+            return
+        from turbodit.training.sla import train
+
+        train(with_data(self.config))
+
+
+@dataclass(frozen=True)
+class TrainRCM:
+    """Distil a model into one that needs one to four steps and no guidance (rCM).
+
+    Started again, the same command goes on where it was. torchrun spreads it over several GPUs.
+    """
+
+    config: RCMConfig
+    recipe: Annotated[str, arg(metavar="NAME")] = DEFAULT_RECIPE
+    """What the other flags' defaults are: a model's name."""
+    dry_run: Switch = False
+    """Show the configuration and what it takes of memory; train nothing."""
+    debug: Switch = False
+    """Show the traceback of errors."""
+
+    def run(self) -> None:
+        """Train, or show what would be."""
+        if self.dry_run:
+            show(self.config, "rcm")
+            return
+        from turbodit.training.rcm import train
+
+        train(with_data(self.config))
+
+
+def train_command(arguments: Sequence[str]) -> Any:
+    """The commands, with the defaults of the recipe that `arguments` name.
+
+    Raises:
+        ValueError: an unknown recipe.
+    """
+    name = _recipe_in(arguments) if arguments[:1] == ["train"] else DEFAULT_RECIPE
+    if name not in SLA:
+        raise ValueError(f"unknown recipe {name!r}; supported: {', '.join(SLA)}")
+    sla = TrainSLA(SLA[name](), name)
+    rcm = TrainRCM(RCM[name](), name)
+    return Annotated[
+        Annotated[TrainSLA, subcommand("sla", default=sla)]
+        | Annotated[TrainRCM, subcommand("rcm", default=rcm)],
+        subcommand("train", description="Train a model: sparse attention (sla), few steps (rcm)."),
+    ]
+
+
+def with_data(config: Config) -> Config:
+    """`config` with the embedded model's own data, "spriteworld:N", written to the run's folder."""
+    sources = []
+    for source in config.data:
+        if source.startswith(SPRITEWORLD):
+            source = str(_sprite_data(config, source.removeprefix(SPRITEWORLD)))
+        sources.append(source)
+    return replace(config, data=tuple(sources))
+
+
+def _sprite_data(config: TrainConfig, number: str) -> Path:
+    """The folder of so many clips, which the first process makes while the others wait."""
+    import torch.distributed as dist
+
+    from turbodit.device import choose_device
+    from turbodit.distributed import join
+    from turbodit.spritewan.shards import write_clips
+
+    if not number.isdecimal():
+        raise ValueError(f"{SPRITEWORLD}N takes a number of clips, got {number!r}")
+    folder = config.out / f"data-{number}"
+    mesh = join(
+        choose_device(config.device).type,
+        replicate=config.replicate,
+        shard=config.shard,
+        context=config.context,
+    )
+    if mesh.is_first:
+        write_clips(folder, int(number), config.device)
+    dist.barrier()
+    return folder
+
+
+def show(config: TrainConfig, method: str) -> None:
+    """Print the configuration and, of a model that has a name, the plan of its memory."""
+    from turbodit.cli.plan import show as show_plan
+    from turbodit.config import preset
+
+    table = Table("flag", "value")
+    for name, value in asdict(config).items():
+        table.add_row(name.replace("_", "-"), json.dumps(value, default=str, ensure_ascii=False))
+    Console().print(table)
+    try:
+        preset(config.model)
+    except ValueError:
+        print(f"no plan of memory: {config.model} is none of the models with a name")
+        return
+    show_plan(_plan(config, method))
+
+
+def _plan(config: TrainConfig, method: str) -> Plan:
+    from turbodit.config import preset
+    from turbodit.plan import Training
+
+    model = preset(config.model)
+    width, height = next(iter(next(iter(model.sizes.values())).values()))
+    shards = (config.shard or 1) * config.context
+    return Training(
+        model,
+        width,
+        height,
+        model.frames,
+        method=method,  # type: ignore[arg-type]
+        gpus=shards * config.replicate,
+        context_parallel=config.context,
+        fsdp=shards,
+        batch=config.batch,
+        part=getattr(config, "train", "full"),
+        checkpointing=config.checkpointing,
+        master_weights=config.master_weights,
+    ).plan()
+
+
+def _recipe_in(arguments: Sequence[str]) -> str:
+    for place, argument in enumerate(arguments):
+        if argument.startswith("--recipe="):
+            return argument.removeprefix("--recipe=")
+        if argument == "--recipe" and place + 1 < len(arguments):
+            return arguments[place + 1]
+    return DEFAULT_RECIPE
