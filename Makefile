@@ -13,7 +13,7 @@ demo: $(VENV)/.base-installed
 	$(BIN)/turbodit generate "$(PROMPT)" --seed 0 --output outputs/demo.mp4 --force
 
 test: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check

@@ -1,0 +1,1 @@
+"""Training: SLA fine-tuning and rCM distillation. What is minimised is in `losses`."""

@@ -1,0 +1,249 @@
+"""What a training run is: plain values, without torch, that recipes return and flags change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from turbodit.config import ModelConfig
+
+Part = Literal["full", "attention", "proj_l", "lora"]
+Checkpointing = Literal["none", "block", "selective"]
+Expert = Literal["high-noise", "low-noise"]
+Dtype = Literal["bfloat16", "float32"]
+Objective = Literal["white-box", "black-box"]
+Variant = Literal["released", "paper"]
+Method = Literal["rcm", "scm", "dmd", "dcm"]
+TangentName = Literal["exact", "semi-continuous", "finite-difference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What all methods share.
+
+    Attributes:
+        model: preset, folder or Hub id of the teacher, whose VAE and text encoder the data's are.
+        transformer: other weights for the teacher: a file or folder. None: the model's own.
+        expert: of a two-expert model, the one that is trained, on its own range of times.
+        data: folders or patterns of shards (`turbodit synthesize`, `turbodit encode`).
+        out: folder of the run: checkpoints, log, samples, and at the end `transformer/`.
+        steps: updates of all networks, in all.
+        batch: samples of each data-parallel process in one pass.
+        accumulate: passes whose gradients are added up for one update.
+        lr, betas, weight_decay: of AdamW.
+        max_grad_norm: gradients longer than this are shortened to it. None: never.
+        ema: relative standard deviations of the averages that are kept (`training.ema`); the first
+            is what is exported. Empty: the weights themselves are.
+        dtype: of the matrix products. None: bfloat16 on a GPU, float32 on a CPU.
+        master_weights: store weights in float32 whatever the products' dtype.
+        image_share: of models that take an image as their first latent frame (TI2V), the share of
+            samples that are trained so.
+        seed: of data order, noise and times.
+        device: None: a GPU if there is one.
+        replicate, shard, context: mesh axes (`distributed.mesh`). shard None: what is left.
+        checkpointing: activations that blocks compute again
+            (`distributed.activation_checkpointing`).
+        compile: fuse, with torch.compile, what lies between the matrix products of passes with a
+            gradient. Only on a GPU, and in a run of one process.
+        log_every, save_every, sample_every: updates between log entries, checkpoints and
+            validation samples. sample_every None: no samples.
+        prompts: of the validation samples.
+        keep: checkpoints that stay.
+        wandb_project: also log to this project of Weights & Biases.
+    """
+
+    model: str
+    transformer: Path | None = None
+    expert: Expert | None = None
+    data: tuple[str, ...] = ()
+    out: Path = Path("runs")
+    steps: int = 1000
+    batch: int = 1
+    accumulate: int = 1
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    max_grad_norm: float | None = None
+    ema: tuple[float, ...] = (0.1,)
+    dtype: Dtype | None = None
+    master_weights: bool = True
+    image_share: float = 0.3
+    seed: int = 0
+    device: str | None = None
+    replicate: int = 1
+    shard: int | None = None
+    context: int = 1
+    checkpointing: Checkpointing = "block"
+    compile: bool = True
+    log_every: int = 10
+    save_every: int = 500
+    sample_every: int | None = 500
+    prompts: tuple[str, ...] = ()
+    keep: int = 2
+    wandb_project: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "log_every", "save_every", "sample_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("lr", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 <= self.image_share <= 1:
+            raise ValueError(f"image_share must be in [0, 1], got {self.image_share}")
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raise a ValueError unless `expert` is given for two-expert models, and only for them.
+
+        Methods add what they cannot train.
+        """
+        if (model.experts == 2) != (self.expert is not None):
+            wanted = "high-noise or low-noise" if model.experts == 2 else "none"
+            raise ValueError(f"expert is {self.expert}; {model.name} wants {wanted}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLAConfig(TrainConfig):
+    """Fine-tuning for sparse-linear attention (SLA, arXiv:2509.24006).
+
+    Attributes:
+        objective: "white-box", the teacher's velocity, or "black-box", that of the data.
+        train: "full", "attention", "proj_l" or "lora" (`training.parameters`).
+        lora_rank: of "lora".
+        ratio: top-k ratio.
+        first_ratio, ratio_steps: begin with another ratio and go to `ratio` in a straight line
+            over so many updates. None: `ratio` from the start.
+        variant: "released" or "paper" (`attention.sla`).
+        block_q, block_k: rows of attention blocks. None: the model's own, or 64 here and what
+            suits the device in inference.
+        p_mean, p_std: sigma = exp(n), n normal with these.
+    """
+
+    objective: Objective = "white-box"
+    train: Part = "full"
+    lora_rank: int = 32
+    ratio: float = 0.1
+    first_ratio: float | None = None
+    ratio_steps: int = 1000
+    variant: Variant = "released"
+    block_q: int | None = None
+    block_k: int | None = None
+    p_mean: float = 1.5
+    p_std: float = 1.6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ratio_steps < 0:
+            raise ValueError(f"ratio_steps must not be negative, got {self.ratio_steps}")
+
+    def ratio_at(self, step: int) -> float:
+        """The top-k ratio of update number `step`, from 0."""
+        if self.first_ratio is None or step >= self.ratio_steps:
+            return self.ratio
+        return self.first_ratio + (self.ratio - self.first_ratio) * step / self.ratio_steps
+
+    def attention_settings(self, model: ModelConfig) -> dict[str, object]:
+        """Of the "sla" back-end; what is left to it is not among them."""
+        settings: dict[str, object] = {"ratio": self.ratio, "variant": self.variant}
+        own = model.attention_blocks or (None, None)
+        for name, given, default in (
+            ("block_q", self.block_q, own[0]),
+            ("block_k", self.block_k, own[1]),
+        ):
+            if (rows := given or default) is not None:
+                settings[name] = rows
+        return settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RCMConfig(TrainConfig):
+    """Step distillation (rCM, arXiv:2510.08431): consistency and distribution matching.
+
+    Updates come in turns: while the tangent warms up, and every `student_every`-th time after it,
+    the student is updated, otherwise the fake score. Without DMD the student is always.
+
+    Attributes:
+        method: "rcm", sCM and DMD; "scm" or "dmd" alone; "dcm", consistency in discrete time
+            without a derivative.
+        tangent: of sCM (`training.losses`).
+        student: weights that the student begins with, trained with SLA for instance. None: the
+            teacher's.
+        joint_ratio: train the student with SLA at this top-k ratio at the same time. None: dense.
+        guidance: of the teacher.
+        negative_prompt: what guidance steers away from. None: the model's own.
+        fake_lr: of the fake score. None: lr / 5.
+        loss_scale, dmd_scale: weights of the two losses.
+        p_mean, p_std: of sCM's times, sigma = exp(n).
+        shift: of DMD's uniform times.
+        student_every, warmup: see above; `warmup` in updates.
+        sigma_max: noise level of the few-step sampler's first step.
+        rollout_steps: most steps of DMD's roll-out, which takes 1, 2, ... in turns.
+        fixed_times: roll out through the sampler's own times instead of random ones.
+    """
+
+    betas: tuple[float, float] = (0.0, 0.999)
+    lr: float = 2e-6
+    method: Method = "rcm"
+    tangent: TangentName = "exact"
+    student: Path | None = None
+    joint_ratio: float | None = None
+    guidance: float = 5.0
+    negative_prompt: str | None = None
+    fake_lr: float | None = None
+    loss_scale: float = 100.0
+    dmd_scale: float = 1.0
+    p_mean: float = 0.7
+    p_std: float = 1.6
+    shift: float = 5.0
+    student_every: int = 5
+    warmup: int = 1000
+    sigma_max: float = 80.0
+    rollout_steps: int = 4
+    fixed_times: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.student_every < 1:
+            raise ValueError(f"student_every must be positive, got {self.student_every}")
+        for name in ("fake_lr", "sigma_max"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must not be negative, got {self.warmup}")
+        if not 1 <= self.rollout_steps <= 4:
+            raise ValueError(f"rollout_steps must be from 1 to 4, got {self.rollout_steps}")
+        if self.tangent != "exact" and self.dtype == "bfloat16":
+            raise ValueError(f"tangent {self.tangent!r} is a difference and needs dtype float32")
+
+    def check_model(self, model: ModelConfig) -> None:
+        """As `TrainConfig.check_model`; one expert of two cannot roll out from pure noise to clean
+        latents, which DMD needs, and its intervals would end in the other's range."""
+        super().check_model(model)
+        if self.expert is not None and self.method != "scm":
+            raise ValueError(f"one expert trains with method scm, got {self.method}")
+
+    @property
+    def uses_consistency(self) -> bool:
+        return self.method != "dmd"
+
+    @property
+    def uses_dmd(self) -> bool:
+        return self.method in ("rcm", "dmd")
+
+    def updates_student(self, step: int) -> bool:
+        """Whether update number `step`, from 0, is one of the student."""
+        if not self.uses_dmd or (self.uses_consistency and step < self.warmup):
+            return True
+        return step % self.student_every == 0
+
+    def dmd_counts(self, step: int) -> bool:
+        """Whether DMD is a part of the student's update number `step`."""
+        return self.uses_dmd and (not self.uses_consistency or step >= self.warmup)
+
+    def tangent_weight(self, step: int) -> float:
+        """sCM's warm-up r."""
+        return 1.0 if self.warmup == 0 else min(1.0, step / self.warmup)

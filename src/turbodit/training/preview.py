@@ -1,0 +1,84 @@
+"""Samples of a network while it trains: the same prompts and noise each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from turbodit.model.wan import WanModel
+from turbodit.sampling import Velocity, gaussian_noise
+from turbodit.training.checkpoint import TrainState
+from turbodit.training.log import TrainLog
+from turbodit.training.setup import Run
+from turbodit.vae import VideoVAE
+
+# (conditional velocity, unconditional, noise (B, C, T, H, W), generators) -> latents
+Sampler = Callable[[Velocity, Velocity, torch.Tensor, list[torch.Generator]], torch.Tensor]
+
+
+class Preview:
+    """Shows what the student and its averages make of the run's prompts.
+
+    All processes sample, as a spread network needs them; the first one decodes. Models that
+    cannot do without an image have no previews.
+
+    Args:
+        run: of the processes.
+        sampler: from noise to latents.
+        latent_shape: (C, T, H, W).
+    """
+
+    def __init__(self, run: Run, sampler: Sampler, latent_shape: tuple[int, ...]) -> None:
+        self.run, self.sampler, self.shape = run, sampler, latent_shape
+        prompts = run.config.prompts
+        self.context = run.encode_text(prompts)
+        self.negative = run.encode_text([run.model.sampling.negative_prompt])
+        self.negative = self.negative.expand_as(self.context)
+        self.vae = VideoVAE.from_pretrained(run.folder.vae, run.dtype, run.mesh.device)
+
+    @classmethod
+    def of(cls, run: Run, sampler: Sampler, latent_shape: tuple[int, ...]) -> Preview | None:
+        """None where there is nothing to show."""
+        wanted = run.config.prompts and run.config.sample_every is not None
+        able = run.model.task in ("t2v", "ti2v")
+        return cls(run, sampler, latent_shape) if wanted and able else None
+
+    def __call__(self, log: TrainLog, state: TrainState) -> None:
+        student = state.models["student"]
+        assert isinstance(student, WanModel)
+        self.show(log, state.step, "student", student)
+        for name, average in state.averages.items():
+            with average.applied(student):
+                self.show(log, state.step, f"average-{name}", student)
+
+    @torch.no_grad()
+    def show(self, log: TrainLog, step: int, name: str, model: WanModel) -> None:
+        """Sample `model` and add the videos to the log."""
+        generators = [torch.Generator().manual_seed(n) for n in range(len(self.context))]
+        noise = gaussian_noise(self.shape, generators, self.run.mesh.device)
+        latents = self.sampler(
+            self._velocity(model, self.context), self._velocity(model, self.negative), noise,
+            generators,
+        )  # fmt: skip
+        if self.run.mesh.is_first:
+            log.videos(step, name, self._decode(latents), self.run.model.fps)
+
+    def _velocity(self, model: WanModel, context: torch.Tensor) -> Velocity:
+        forward = self.run.forward(model)
+
+        def velocity(latents: torch.Tensor, t: float) -> torch.Tensor:
+            times = latents.new_full((len(latents),), t, dtype=torch.float64)
+            return forward(latents, times, context).float()
+
+        return velocity
+
+    def _decode(self, latents: torch.Tensor) -> np.ndarray:
+        """(B, T, H, W, 3) uint8"""
+        clips = []
+        for sample in latents.split(1):
+            clip = torch.cat([chunk[0] for chunk in self.vae.decode_chunks(sample)], dim=1)
+            pixels = (clip.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+            clips.append(pixels.permute(1, 2, 3, 0).cpu().numpy())
+        return np.stack(clips)

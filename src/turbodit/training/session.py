@@ -1,0 +1,137 @@
+"""A training run under way: updates, averages, checkpoints, log and samples, as they fall due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from turbodit.distributed import gradient_norm
+from turbodit.model.wan import WanModel
+from turbodit.training.checkpoint import Checkpoints, TrainState, export_transformer
+from turbodit.training.log import Metrics, TrainLog
+from turbodit.training.parameters import LoRA, save_lora
+from turbodit.training.setup import Run
+
+
+class Session:
+    """Goes on from the last checkpoint of the run, if there is one.
+
+    Args:
+        run: of the processes.
+        state: its networks, of which "student" is the one that is averaged and exported.
+        preview: called with the log, the step and the state when samples are due.
+
+    Attributes:
+        metrics: what the log's next entry tells.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        state: TrainState,
+        preview: Callable[[TrainLog, TrainState], None] | None = None,
+    ) -> None:
+        self.run, self.state, self.config = run, state, run.config
+        self.metrics = Metrics(run.mesh)
+        self._preview = preview
+        self._checkpoints = Checkpoints(self.config.out / "checkpoints", run.mesh, self.config.keep)
+        self._checkpoints.load(state)
+        self._log = TrainLog(
+            self.config.out, run.mesh, self.config.steps, state.step, self.config.wandb_project
+        )
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._log.close()
+        self._checkpoints.close()
+
+    @property
+    def step(self) -> int:
+        """Updates so far."""
+        return self.state.step
+
+    @property
+    def unfinished(self) -> bool:
+        return self.state.step < self.config.steps
+
+    def update(self, name: str, average_step: int | None = None) -> None:
+        """One optimizer step of a network with the gradients that are there, which are cleared.
+
+        Where their norm is NaN or infinite nothing changes: the step is skipped and counted.
+
+        Args:
+            average_step: number of the student's update, from 0, for its averages.
+        """
+        model, optimizer = self.state.models[name], self.state.optimizers[name]
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        norm = gradient_norm(parameters)
+        self.metrics.add(f"{name}_gradient_norm", norm)
+        self.metrics.add(f"{name}_skipped", 0.0 if norm.isfinite() else 1.0)
+        if norm.isfinite():
+            if self.config.max_grad_norm is not None:
+                _shorten(parameters, self.config.max_grad_norm / norm)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if average_step is not None:
+            for average in self.state.averages.values():
+                average.update(model, average_step)
+
+    def advance(self) -> None:
+        """End an update: log, save and sample where that is due."""
+        state, config = self.state, self.config
+        state.step += 1
+        last = not self.unfinished
+        if last or state.step % config.log_every == 0:
+            self._log.scalars(state.step, self.metrics.take())
+        if last or state.step % config.save_every == 0:
+            self._checkpoints.save(state)
+        due = config.sample_every is not None and state.step % config.sample_every == 0
+        if self._preview is not None and config.sample_every is not None and (due or last):
+            self._preview(self._log, state)
+
+    def export(self, stated: Mapping[str, Any], lora: LoRA | None = None) -> None:
+        """Write the student, its first average if it has one: the whole of it to
+        `<out>/transformer`, or a LoRA alone to `<out>/lora.safetensors`.
+
+        Args:
+            stated: of how it is to be used (`checkpoints.stated`).
+            lora: that was trained.
+        """
+        student = self.state.models["student"]
+        assert isinstance(student, WanModel)
+        averages = list(self.state.averages.values())
+        with averages[0].applied(student) if averages else nullcontext():
+            if lora is None:
+                folder, dtype = self.config.out / "transformer", torch.bfloat16
+                export_transformer(student, folder, self.run.mesh, dtype, stated)
+                return
+            trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+            whole = {name: _whole(p) for name, p in trained.items()}
+            if self.run.mesh.is_first:
+                save_lora(whole, lora, self.config.out / "lora.safetensors", "diffusers", stated)
+
+
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    """A parameter on the CPU, gathered from all processes."""
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu()
+
+
+@torch.no_grad()
+def _shorten(parameters: list[nn.Parameter], factor: torch.Tensor) -> None:
+    factor = factor.clamp(max=1.0)
+    for p in parameters:
+        assert p.grad is not None
+        p.grad.mul_(factor.to(p.grad.dtype))

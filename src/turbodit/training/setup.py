@@ -1,0 +1,190 @@
+"""What all training runs set up: processes, networks, optimizers, data, checkpoints, log."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from turbodit.checkpoints import ModelFolder, find_model, load_transformer
+from turbodit.config import ModelConfig
+from turbodit.device import choose_device
+from turbodit.distributed import (
+    Mesh,
+    checkpoint_blocks,
+    join,
+    leave,
+    parallelize,
+    seed_everything,
+)
+from turbodit.model.wan import WanModel
+from turbodit.text_encoder import TextEncoder, clean_prompt
+from turbodit.training.compiled import compile_blocks
+from turbodit.training.config import TrainConfig
+from turbodit.training.data import LatentDataset
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run that no method changes.
+
+    Attributes:
+        mesh: the processes.
+        folder: the teacher's files.
+        model: the teacher's preset or description.
+        dtype: of the matrix products.
+        source: the teacher's transformer; for two experts, that of the one trained.
+        times: rectified-flow times that are trained: all, or one expert's.
+    """
+
+    config: TrainConfig
+    mesh: Mesh
+    folder: ModelFolder
+    model: ModelConfig
+    dtype: torch.dtype
+    source: Path
+    times: tuple[float, float]
+
+    @property
+    def is_image_model(self) -> bool:
+        """Whether a first frame may be given as the first latent frame."""
+        return self.model.task == "ti2v"
+
+    @property
+    def image_share(self) -> float:
+        return self.config.image_share if self.is_image_model else 0.0
+
+    def generator(self) -> torch.Generator:
+        """Of noise and times: alike in a context group, different elsewhere."""
+        generator = torch.Generator(self.mesh.device)
+        return generator.manual_seed((self.config.seed << 20) + self.mesh.data_rank)
+
+    def same_generator(self) -> torch.Generator:
+        """Alike in all processes, on the device where `trained` puts networks."""
+        return torch.Generator(self._home).manual_seed(self.config.seed)
+
+    def data(self) -> LatentDataset:
+        """This process's samples.
+
+        Raises:
+            ValueError: none given.
+        """
+        if not self.config.data:
+            raise ValueError("no data given; make some with turbodit synthesize or encode")
+        mesh = self.mesh
+        return LatentDataset(
+            self.config.data,
+            self.model,
+            batch=self.config.batch,
+            seed=self.config.seed,
+            rank=mesh.data_rank,
+            world=mesh.data_count,
+        )
+
+    def frozen(self, source: Path) -> WanModel:
+        """A network that is only asked, spread over the mesh."""
+        model = self._load(source, self.dtype, "sdpa", None).requires_grad_(False)
+        return parallelize(model, self.mesh, self.dtype)
+
+    def trained(
+        self, source: Path, attention: str = "sdpa", settings: Mapping[str, Any] | None = None
+    ) -> WanModel:
+        """A network to train, not spread yet: `spread` does it when its parts are chosen."""
+        stored = torch.float32 if self.config.master_weights else self.dtype
+        return self._load(source, stored, attention, settings)
+
+    def spread(self, model: WanModel) -> WanModel:
+        """Over the mesh, compiled and with the checkpointing of the configuration."""
+        if self.config.compile and self.mesh.device.type == "cuda" and self.mesh.size == 1:
+            compile_blocks(model)
+        checkpoint_blocks(model, self.config.checkpointing)
+        if self.mesh.size == 1:  # `forward` casts the weights, with less to do than FSDP
+            return model.to(self.mesh.device)
+        return parallelize(model, self.mesh, self.dtype)
+
+    def forward(self, model: WanModel) -> Callable[..., torch.Tensor]:
+        """`model` with matrix products in the run's dtype, called as it is itself."""
+        casts = self.mesh.size == 1 and model.patch_embedding.weight.dtype != self.dtype
+
+        def call(latents: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+            with torch.autocast(self.mesh.device.type, self.dtype, enabled=casts):
+                return model(latents.to(self.dtype), *others)
+
+        return call
+
+    def adamw(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
+        return torch.optim.AdamW(
+            list(parameters),
+            lr=lr,
+            betas=self.config.betas,
+            weight_decay=self.config.weight_decay,
+            fused=self.mesh.device.type == "cuda",
+        )
+
+    def encode_text(self, prompts: Iterable[str]) -> torch.Tensor:
+        """(n, text_len, text_dim); the text encoder is there for this call only."""
+        shape = self.model.transformer
+        encoder = TextEncoder.from_pretrained(
+            self.folder.text_encoder,
+            self.folder.tokenizer,
+            shape.text_len,
+            self.dtype,
+            self.mesh.device,
+        )
+        return torch.cat([encoder.encode([clean_prompt(prompt)]) for prompt in prompts])
+
+    @property
+    def _home(self) -> torch.device:
+        """Where whole networks are loaded: a network that is to be sharded may not fit a GPU."""
+        return torch.device("cpu") if self.mesh.size > 1 else self.mesh.device
+
+    def _load(
+        self, source: Path, dtype: torch.dtype, attention: str, settings: Mapping[str, Any] | None
+    ) -> WanModel:
+        with warnings.catch_warnings():
+            # That is what the training is for.
+            warnings.filterwarnings("ignore", message=".* was not trained with sparse-linear")
+            return load_transformer(
+                source,
+                config=self.model.transformer,
+                dtype=dtype,
+                device=self._home,
+                attention=attention,
+                attention_settings=settings,
+            )
+
+
+@contextmanager
+def open_run(config: TrainConfig) -> Iterator[Run]:
+    """Join the other processes and find the teacher; leave at the end.
+
+    Raises:
+        FileNotFoundError: no such model.
+        ValueError: a mesh, device or expert that is not possible.
+    """
+    device = choose_device(config.device)
+    folder = find_model(config.model)
+    model = folder.config(())
+    config.check_model(model)
+    source = config.transformer or folder.transformers[config.expert == "low-noise"]
+    mesh = join(device.type, replicate=config.replicate, shard=config.shard, context=config.context)
+    try:
+        seed_everything(config.seed, mesh)
+        name = config.dtype or ("bfloat16" if mesh.device.type == "cuda" else "float32")
+        dtype = getattr(torch, name)
+        yield Run(config, mesh, folder, model, dtype, source, _times(config, model))
+    finally:
+        leave()
+
+
+def _times(config: TrainConfig, model: ModelConfig) -> tuple[float, float]:
+    boundary = model.sampling.boundary
+    if config.expert is None or boundary is None:
+        return 0.0, 1.0
+    return (boundary, 1.0) if config.expert == "high-noise" else (0.0, boundary)
