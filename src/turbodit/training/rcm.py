@@ -58,7 +58,8 @@ def train(config: RCMConfig) -> None:
         optimizers = {"student": run.adamw(student.parameters(), config.lr)}
         if fake is not None:
             models["fake"] = fake
-            optimizers["fake"] = run.adamw(fake.parameters(), config.lr / 5 if config.fake_lr is None else config.fake_lr)
+            lr = config.lr / 5 if config.fake_lr is None else config.fake_lr
+            optimizers["fake"] = run.adamw(fake.parameters(), lr)
         data = run.data()
         state = TrainState(
             models,
