@@ -22,7 +22,8 @@ LAYERS = (
     ("pipeline", "distributed"),
     ("random_models",),
     ("batch", "training", "benchmark", "evaluation", "serving", "integrations"),
-    ("spritewan", "doctor", "recipes"),
+    ("recipes",),
+    ("spritewan", "doctor"),
     ("cli",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

@@ -146,6 +146,23 @@ def test_what_falls_due(session, tmp_path):
     assert shown == [4, 7]
 
 
+def test_time_is_up_at_a_log_entry_and_all_is_saved(session, tmp_path):
+    shown = []
+    one = session(
+        lambda log, state: shown.append(state.step),
+        steps=100,
+        log_every=3,
+        save_every=50,
+        sample_every=50,
+        minutes=1e-9,
+    )
+    with one:
+        while one.unfinished:
+            one.advance()
+    assert one.step == 3 and shown == [3]
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000003"]
+
+
 def test_no_samples_unless_they_are_wanted(session):
     one = session(lambda *_: pytest.fail("nobody asked"), steps=1, sample_every=None)
     with one:

@@ -96,7 +96,7 @@ def log_of(config: TrainConfig) -> list[dict[str, Any]]:
     lines = (config.out / "log.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
     for entry in entries:
-        for name in ("time", "seconds_per_step", "peak_memory_gib"):
+        for name in ("time", "minutes", "seconds_per_step", "peak_memory_gib"):
             entry.pop(name)
     return entries
 

@@ -29,6 +29,8 @@ class TrainConfig:
         data: folders or patterns of shards (`turbodit synthesize`, `turbodit encode`).
         out: folder of the run: checkpoints, log, samples, and at the end `transformer/`.
         steps: updates of all networks, in all.
+        minutes: end after so long, looked at with every log entry; the same command goes on. None:
+            no limit.
         batch: samples of each data-parallel process in one pass.
         accumulate: passes whose gradients are added up for one update.
         lr, betas, weight_decay: of AdamW.
@@ -59,6 +61,7 @@ class TrainConfig:
     data: tuple[str, ...] = ()
     out: Path = Path("runs")
     steps: int = 1000
+    minutes: float | None = None
     batch: int = 1
     accumulate: int = 1
     lr: float = 1e-5
@@ -88,7 +91,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("lr", "max_grad_norm"):
+        for name in ("lr", "max_grad_norm", "minutes"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import TracebackType
@@ -39,6 +40,8 @@ class Session:
     ) -> None:
         self.run, self.state, self.config = run, state, run.config
         self.metrics = Metrics(run.mesh)
+        self._start = time.monotonic()
+        self._time_is_up = False
         self._preview = preview
         self._checkpoints = Checkpoints(self.config.out / "checkpoints", run.mesh, self.config.keep)
         self._checkpoints.load(state)
@@ -65,7 +68,8 @@ class Session:
 
     @property
     def unfinished(self) -> bool:
-        return self.state.step < self.config.steps
+        """Whether there are updates left to do, and time."""
+        return self.state.step < self.config.steps and not self._time_is_up
 
     def update(self, name: str, average_step: int | None = None) -> None:
         """One optimizer step of a network with the gradients that are there, which are cleared.
@@ -93,9 +97,13 @@ class Session:
         """End an update: log, save and sample where that is due."""
         state, config = self.state, self.config
         state.step += 1
+        if not self.unfinished or state.step % config.log_every == 0:
+            # The mean of all processes, so that all of them stop, or none.
+            self.metrics.add("minutes", (time.monotonic() - self._start) / 60)
+            found = self.metrics.take()
+            self._time_is_up = config.minutes is not None and found["minutes"] >= config.minutes
+            self._log.scalars(state.step, found)
         last = not self.unfinished
-        if last or state.step % config.log_every == 0:
-            self._log.scalars(state.step, self.metrics.take())
         if last or state.step % config.save_every == 0:
             self._checkpoints.save(state)
         due = config.sample_every is not None and state.step % config.sample_every == 0
