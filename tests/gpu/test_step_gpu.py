@@ -186,6 +186,17 @@ def test_graph_outlives_the_tables_of_other_sizes() -> None:
     del junk
 
 
+@torch.no_grad()
+def test_two_graphs_that_take_turns_share_their_memory() -> None:
+    given = inputs(size=64)
+    first = StepGraph(model())
+    second = StepGraph(model(), first)
+    want = first(*given)
+    second(*given)
+    assert 0 <= second.memory < 0.5 * first.memory
+    torch.testing.assert_close(first(*given), want, rtol=0, atol=0)
+
+
 def test_graph_on_a_cpu_says_why_not() -> None:
     ours = WanModel(SMALL)
     with pytest.raises(ValueError, match="needs a GPU"):
