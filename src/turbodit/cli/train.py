@@ -118,7 +118,7 @@ def _sprite_data(config: TrainConfig, number: str) -> Path:
         raise ValueError(f"{SPRITEWORLD}N takes a number of clips, got {number!r}")
     folder = config.out / f"data-{number}"
     mesh = join(
-        choose_device(config.device).type,
+        choose_device(config.device),
         replicate=config.replicate,
         shard=config.shard,
         context=config.context,

@@ -173,7 +173,7 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
     model = folder.config(())
     config.check_model(model)
     source = config.transformer or folder.transformers[config.expert == "low-noise"]
-    mesh = join(device.type, replicate=config.replicate, shard=config.shard, context=config.context)
+    mesh = join(device, replicate=config.replicate, shard=config.shard, context=config.context)
     try:
         seed_everything(config.seed, mesh)
         name = config.dtype or ("bfloat16" if mesh.device.type == "cuda" else "float32")
