@@ -17,6 +17,7 @@ from turbodit.attention.jvp import sdpa_with_tangent
 from turbodit.kernels import attention_jvp as ops
 from turbodit.kernels.attention_jvp import attention_jvp, reference
 
+tma = pytest.importorskip("turbodit.kernels.tma")
 triton = pytest.importorskip("turbodit.kernels.attention_jvp.triton")
 
 ALL, ONLY_Q = (True, True, True), (True, False, False)
@@ -41,7 +42,7 @@ def poisoned() -> Iterator[None]:
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, read through TMA or through pointers."""
     monkeypatch.setattr(triton, "_launch", lambda x: triton.Launch(32, 16, 4, 2))
-    monkeypatch.setattr(triton, "_can_describe", lambda *tensors: request.param == "tma")
+    monkeypatch.setattr(triton, "can_describe", lambda *tensors: request.param == "tma")
 
 
 @dataclass
@@ -234,7 +235,7 @@ def test_kernel_without_some_tangents(given: tuple[bool, ...]) -> None:
 @pytest.mark.parametrize("table", ["LARGE", "SMALL"])
 def test_kernel_as_launched(dim: int, table: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "_launch", lambda x: getattr(triton, table)[dim])
-    monkeypatch.setattr(triton, "_can_describe", lambda *tensors: table == "LARGE")
+    monkeypatch.setattr(triton, "can_describe", lambda *tensors: table == "LARGE")
     assert_kernel_agrees(Problem(70, 90, dim=dim))
 
 
@@ -279,11 +280,11 @@ def test_kernel_takes_tangents_of_any_strides() -> None:
 
 def test_tma_needs_aligned_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(2, 40, 3, 16).half()
-    assert not triton._can_describe(x)  # not on a GPU that has it
-    monkeypatch.setattr(triton, "_is_large", lambda x: True)
-    assert triton._can_describe(x, None, x[:, :, :2], x[:, 1:], x.transpose(1, 2))
+    assert not tma.can_describe(x)  # not on a GPU that has it
+    monkeypatch.setattr(tma, "is_large", lambda x: True)
+    assert tma.can_describe(x, None, x[:, :, :2], x[:, 1:], x.transpose(1, 2))
     for odd in (x[..., 1:9], torch.zeros(2, 40, 3, 17).half()[..., :16], x[:, :1].expand_as(x)):
-        assert not triton._can_describe(x, odd)
+        assert not tma.can_describe(x, odd)
 
 
 # Every architecture.

@@ -18,6 +18,7 @@ from turbodit.kernels.linear_attention import FEATURE_MAPS, key_value_statistics
 from turbodit.kernels.linear_attention.reference import linear_branch
 from turbodit.kernels.sparse_attention import reference, sparse_attention, sparse_attention_forward
 
+tma = pytest.importorskip("turbodit.kernels.tma")
 triton = pytest.importorskip("turbodit.kernels.sparse_attention.triton")
 
 
@@ -39,7 +40,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """The kernels as launched on a GPU with much shared memory and TMA, and on another."""
     table = getattr(triton, request.param)
     monkeypatch.setattr(triton, "_launches", lambda x, block_q: table[64, max(64, block_q)])
-    monkeypatch.setattr(triton, "_can_describe", lambda *tensors: request.param == "LARGE")
+    monkeypatch.setattr(triton, "can_describe", lambda *tensors: request.param == "LARGE")
 
 
 @dataclass
@@ -342,11 +343,11 @@ def test_linear_branch_kernel_does_not_overflow() -> None:
 
 def test_tma_needs_aligned_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(2, 40, 3, 16).half()
-    assert not triton._can_describe(x)  # not on a GPU that has it
-    monkeypatch.setattr(triton, "_is_large", lambda x: True)
-    assert triton._can_describe(x, x[:, :, :2], x[:, 1:], x.transpose(1, 2))
+    assert not tma.can_describe(x)  # not on a GPU that has it
+    monkeypatch.setattr(tma, "is_large", lambda x: True)
+    assert tma.can_describe(x, x[:, :, :2], x[:, 1:], x.transpose(1, 2))
     for odd in (x[..., 1:9], torch.zeros(2, 40, 3, 17).half()[..., :16], x[:, :1].expand_as(x)):
-        assert not triton._can_describe(x, odd)
+        assert not tma.can_describe(x, odd)
 
 
 def test_equal_inputs_give_equal_bits() -> None:

@@ -24,18 +24,14 @@ Statistics and sums are float32; P and W are rounded to the inputs' dtype for th
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from turbodit.kernels import LOG2_E
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton 3.3
-    TensorDescriptor = None
+from turbodit.kernels.tma import can_describe, is_large, strides, tiles
 
 TRITON_VERSION = tuple(int(x) for x in triton.__version__.split(".")[:2])
 # One compiled kernel for all of them: nothing is gained from a length that 16 divides.
@@ -204,15 +200,15 @@ def attention_jvp(
         for x in (q, q_tangent, k, k_tangent, v, v_tangent)
     ]
     given = [x for x in inputs if x is not None]
-    if _has_hopper_kernel(q) and len(given) == 6 and _can_describe(*given):
+    if _has_hopper_kernel(q) and len(given) == 6 and can_describe(*given):
         from turbodit.kernels.attention_jvp import hopper
 
         return hopper.attention_jvp(*given, scale=scale)
-    launch, tma = _launch(q), _can_describe(*inputs[2:])
+    launch, tma = _launch(q), can_describe(*inputs[2:])
     _kernel[(triton.cdiv(length, launch.block_q), batch * heads)](
-        *inputs[:2], *_tiles(launch.block_k, tma, *inputs[2:]), out, out_tangent,
+        *inputs[:2], *tiles(launch.block_k, tma, *inputs[2:]), out, out_tangent,
         heads, length, k.shape[1], scale * LOG2_E, scale,
-        *_strides(*inputs, out),
+        *strides(*inputs, out),
         D=dim, BLOCK_Q=launch.block_q, BLOCK_K=launch.block_k, TMA=tma,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
@@ -229,36 +225,5 @@ def _has_hopper_kernel(x: torch.Tensor) -> bool:
     )
 
 
-def _is_large(x: torch.Tensor) -> bool:
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
-
-
 def _launch(x: torch.Tensor) -> Launch:
-    return (LARGE if _is_large(x) else SMALL)[x.shape[-1]]
-
-
-def _can_describe(*tensors: torch.Tensor | None) -> bool:
-    """Whether tiles of the tensors (B, L, H, D) can be read by TMA."""
-    there = [x for x in tensors if x is not None]
-    return (
-        TensorDescriptor is not None
-        and _is_large(there[0])
-        and all(x.data_ptr() % 16 == 0 for x in there)
-        and all(stride > 0 and stride % 8 == 0 for stride in _strides(*there))
-    )
-
-
-def _tiles(rows: int, tma: bool, *tensors: torch.Tensor | None) -> list[Any]:
-    """What `_rows` reads: descriptors of (B, H, L, D) for tiles of `rows`, or the tensors."""
-    if not tma:
-        return list(tensors)
-    return [
-        x if x is None
-        else TensorDescriptor.from_tensor(x.transpose(1, 2), [1, 1, rows, x.shape[-1]])
-        for x in tensors
-    ]  # fmt: skip
-
-
-def _strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
-    """Of batch, length and heads, for each of the tensors (B, L, H, D); zeros for None."""
-    return tuple(n for x in tensors for n in ((0, 0, 0) if x is None else x.stride()[:3]))
+    return (LARGE if is_large(x) else SMALL)[x.shape[-1]]

@@ -19,7 +19,7 @@ Scores are in units of log2, for exp2. Statistics and sums are float32.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,11 +28,7 @@ import triton.language as tl
 from turbodit.kernels import LOG2_E
 from turbodit.kernels.block_map.triton import inverse_indices
 from turbodit.kernels.linear_attention.triton import add_linear_branch
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton 3.3
-    TensorDescriptor = None
+from turbodit.kernels.tma import TensorDescriptor, can_describe, is_large, strides, tiles
 
 _LOG2E = tl.constexpr(LOG2_E)
 _LN2 = tl.constexpr(1 / LOG2_E)
@@ -384,12 +380,12 @@ def forward(
     batch, length, heads, dim = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=torch.float32)
     launch = _launches(q, block_q).forward
-    tma = _can_describe(k, v)
+    tma = can_describe(k, v)
     _forward_kernel[(indices.shape[2], batch * heads)](
-        q, *_tiles(block_k, tma, k, v), indices.contiguous(), _contiguous(counts),
+        q, *tiles(block_k, tma, k, v), indices.contiguous(), _contiguous(counts),
         _contiguous(means), _contiguous(k_sum), _contiguous(bias), out, lse,
         heads, length, k.shape[1], indices.shape[3], scale * _LOG2E.value,
-        *_strides(q, k, v, out),
+        *strides(q, k, v, out),
         D=dim, BLOCK_Q=block_q, BLOCK_K=block_k, TMA=tma,
         FEATURE_MAP=feature_map, **_options(launch, block_q),
     )  # fmt: skip
@@ -417,15 +413,15 @@ def backward(
     sizes = {"D": dim, "BLOCK_Q": block_q, "BLOCK_K": block_k}
     scale_log2 = scale * _LOG2E.value
 
-    tma = _can_describe(k, v)
+    tma = can_describe(k, v)
     dq = q.new_empty(q.shape)
     # Of each row what dK and dV need of it, whole blocks long: no masks there.
     log2_sum, along_out = lse.new_empty(2, batch, heads, query_blocks * block_q).unbind()
     _dq_kernel[(query_blocks, batch * heads)](
-        q, *_tiles(block_k, tma, k, v), out, grad, lse, indices.contiguous(), _contiguous(counts),
+        q, *tiles(block_k, tma, k, v), out, grad, lse, indices.contiguous(), _contiguous(counts),
         log2_sum, along_out, dq,
         heads, length, k.shape[1], indices.shape[3], scale_log2,
-        *_strides(q, k, v, out, grad, dq),
+        *strides(q, k, v, out, grad, dq),
         **sizes, TMA=tma, **_options(launch_dq, block_q),
     )  # fmt: skip
 
@@ -434,45 +430,22 @@ def backward(
     order = keeper_counts.argsort(dim=-1, descending=True)
     step = min(launch_dkdv.step, block_q)
     # TMA writes to multiples of 128 bytes: of a row's statistics, 32.
-    tma = step >= 32 and _can_describe(q, grad)
-    q_tiles, grad_tiles = _tiles(step, tma, q, grad)
+    tma = step >= 32 and can_describe(q, grad)
+    q_tiles, grad_tiles = tiles(step, tma, q, grad)
     statistics = [log2_sum, along_out]
     if tma:
         statistics = [TensorDescriptor.from_tensor(x.flatten(0, 1), [1, step]) for x in statistics]
     _dkdv_kernel[(key_blocks, batch * heads)](
         q_tiles, k, v, grad_tiles, *statistics, keepers, keeper_counts, order, dk, dv,
         heads, length, k.shape[1], query_blocks, scale_log2,
-        *_strides(q, k, v, grad, dk),
+        *strides(q, k, v, grad, dk),
         **sizes, STEP=step, TMA=tma, **_options(launch_dkdv, block_k),
     )  # fmt: skip
     return dq, dk, dv
 
 
-def _is_large(x: torch.Tensor) -> bool:
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
-
-
-def _can_describe(*tensors: torch.Tensor) -> bool:
-    """Whether tiles of the tensors (B, L, H, D) can be read by TMA."""
-    return (
-        TensorDescriptor is not None
-        and _is_large(tensors[0])
-        and all(x.data_ptr() % 16 == 0 for x in tensors)
-        and all(stride > 0 and stride % 8 == 0 for stride in _strides(*tensors))
-    )
-
-
-def _tiles(rows: int, tma: bool, *tensors: torch.Tensor) -> list[Any]:
-    """What `_rows` takes: descriptors of (B, H, L, D) for tiles of `rows`, or the tensors."""
-    if not tma:
-        return list(tensors)
-    return [
-        TensorDescriptor.from_tensor(x.transpose(1, 2), [1, 1, rows, x.shape[-1]]) for x in tensors
-    ]
-
-
 def _launches(x: torch.Tensor, block_q: int) -> Launches:
-    table = LARGE if _is_large(x) else SMALL
+    table = LARGE if is_large(x) else SMALL
     return table[64 if x.shape[-1] <= 64 else 128, max(64, block_q)]
 
 
@@ -481,11 +454,6 @@ def _options(launch: Launch, rows: int) -> dict[str, int | None]:
     num_warps = min(launch.num_warps, rows // 16)
     registers = launch.registers if num_warps == launch.num_warps else None
     return {"num_warps": num_warps, "num_stages": launch.num_stages, "maxnreg": registers}
-
-
-def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
-    """Of batch, length and heads, for each of the tensors (B, L, H, D)."""
-    return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
 def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
