@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import types
 from dataclasses import replace
 
@@ -56,6 +57,7 @@ def test_an_interrupted_run_goes_on_in_the_same_files(tmp_path, mesh, capsys):
         log.scalars(2, {"loss": float("nan"), "nan/loss": 3.0})
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')  # killed
+    time.sleep(1.1)  # TensorBoard puts its files in order by the second they began in
     with TrainLog(tmp_path, mesh, total_steps=4, step=1) as log:
         log.scalars(2, {"loss": 0.25})
     found = lines(tmp_path)
