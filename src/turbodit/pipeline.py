@@ -45,7 +45,7 @@ from turbodit.sampling import (
     switch_experts,
 )
 from turbodit.text_encoder import TextEncoder, clean_prompt
-from turbodit.vae import VideoVAE
+from turbodit.vae import VideoVAE, to_frames
 from turbodit.video import Video
 
 # Called with a stage ("load", "text", "image", "denoise", "decode") and how far it is.
@@ -450,17 +450,11 @@ class Pipeline:
         for sample in latents.split(1):
             pieces = []
             for chunk in self.vae.decode_chunks(sample):
-                pieces.append(_to_uint8(chunk[0]))
+                pieces.append(to_frames(chunk[0]))
                 done += 1
                 report("decode", done, total)
             clips.append(np.concatenate(pieces))
         return clips
-
-
-def _to_uint8(video: torch.Tensor) -> np.ndarray:
-    """(3, T, H, W) in [-1, 1] -> (T, H, W, 3) uint8, rounded to the nearest."""
-    pixels = (video.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(1, 2, 3, 0).cpu().numpy()
 
 
 def _shortened(text: str, limit: int = 200) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from turbodit.weights import Weights, assign_weights, read_weights
@@ -212,6 +213,12 @@ class VideoVAE:
                 f"video is {width}x{height} pixels, "
                 f"expected multiples of {self.spatial_stride} both ways"
             )
+
+
+def to_frames(video: torch.Tensor) -> np.ndarray:
+    """(3, T, H, W) in [-1, 1] -> (T, H, W, 3) uint8, rounded to the nearest."""
+    pixels = (video.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(1, 2, 3, 0).cpu().numpy()
 
 
 def _from_native(weights: Weights) -> tuple[dict[str, Any], Weights]:

@@ -29,16 +29,6 @@ def test_counts_are_positive(kind, name):
         (RCMConfig, {"student_every": 0}, "student_every must be positive, got 0"),
         (RCMConfig, {"rollout_steps": 0}, "rollout_steps must be from 1 to 4, got 0"),
         (RCMConfig, {"rollout_steps": 5}, "rollout_steps must be from 1 to 4, got 5"),
-        (
-            RCMConfig,
-            {"tangent": "finite-difference", "dtype": "bfloat16"},
-            "finite-difference.*float32",
-        ),
-        (
-            RCMConfig,
-            {"tangent": "semi-continuous", "dtype": "bfloat16"},
-            "semi-continuous.*float32",
-        ),
     ],
 )
 def test_values_that_cannot_be(kind, wrong, message):

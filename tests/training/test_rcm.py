@@ -344,3 +344,11 @@ def test_the_direction_warms_up(logs, teacher, tmp_path, monkeypatch):
         column(config, "scm_loss"), column(config, "scm_tangent_norm"), strict=True
     ):
         assert loss <= 7.0 and math.isclose(loss, 7.0, rel_tol=0.5) and norm > 0
+
+
+@pytest.mark.parametrize("tangent", ["semi-continuous", "finite-difference"])
+def test_differences_are_refused_where_rounding_would_drown_them(teacher, tmp_path, tangent):
+    """Also where nobody asked for bfloat16: it is the default on a GPU."""
+    config = rcm_config(teacher, tmp_path, tangent=tangent, dtype="bfloat16")
+    with pytest.raises(ValueError, match="supported: dtype float32, or tangent 'exact'"):
+        rcm.train(config)

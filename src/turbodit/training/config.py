@@ -219,8 +219,6 @@ class RCMConfig(TrainConfig):
             raise ValueError(f"warmup must not be negative, got {self.warmup}")
         if not 1 <= self.rollout_steps <= 4:
             raise ValueError(f"rollout_steps must be from 1 to 4, got {self.rollout_steps}")
-        if self.tangent != "exact" and self.dtype == "bfloat16":
-            raise ValueError(f"tangent {self.tangent!r} is a difference and needs dtype float32")
 
     def check_model(self, model: ModelConfig) -> None:
         """As `TrainConfig.check_model`; one expert of two cannot roll out from pure noise to clean

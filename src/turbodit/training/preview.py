@@ -12,7 +12,7 @@ from turbodit.sampling import Velocity, gaussian_noise
 from turbodit.training.checkpoint import TrainState
 from turbodit.training.log import TrainLog
 from turbodit.training.setup import Run
-from turbodit.vae import VideoVAE
+from turbodit.vae import VideoVAE, to_frames
 
 # (conditional velocity, unconditional, noise (B, C, T, H, W), generators) -> latents
 Sampler = Callable[[Velocity, Velocity, torch.Tensor, list[torch.Generator]], torch.Tensor]
@@ -78,7 +78,6 @@ class Preview:
         """(B, T, H, W, 3) uint8"""
         clips = []
         for sample in latents.split(1):
-            clip = torch.cat([chunk[0] for chunk in self.vae.decode_chunks(sample)], dim=1)
-            pixels = (clip.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-            clips.append(pixels.permute(1, 2, 3, 0).cpu().numpy())
+            chunks = [to_frames(chunk[0]) for chunk in self.vae.decode_chunks(sample)]
+            clips.append(np.concatenate(chunks))
         return np.stack(clips)

@@ -101,6 +101,11 @@ class Distillation:
 
     @classmethod
     def of(cls, run: Run, config: RCMConfig) -> Distillation:
+        if config.tangent != "exact" and run.dtype != torch.float32:
+            raise ValueError(
+                f"tangent {config.tangent!r} is a difference, which {run.dtype} rounds away; "
+                "supported: dtype float32, or tangent 'exact'"
+            )
         attention, settings = "sdpa", None
         if config.joint_ratio is not None:
             attention, settings = "sla", joint_settings(config, run.model)
