@@ -7,11 +7,12 @@ reads this file before anything heavy is imported. Numbers come from the Wan 2.1
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 Task = Literal["t2v", "i2v", "flf2v", "ti2v"]
 Solver = Literal["unipc", "euler", "dpm++", "few-step"]
+TokenOrder = Literal["thw", "hwt"]  # axes of the tokens' grid, outermost first
 
 # The negative prompt that Wan's own sampler uses when the user gives none.
 WAN_NEGATIVE_PROMPT = (
@@ -128,6 +129,13 @@ class ModelConfig:
     sizes: dict[str, dict[str, tuple[int, int]]] = field(hash=False)
     hub_id: str | None = None
     attention_blocks: tuple[int, int] | None = None
+
+    @property
+    def block_settings(self) -> dict[str, Any]:
+        """Settings of block-sparse attention that are the model's own."""
+        if self.attention_blocks is None:
+            return {}
+        return dict(zip(("block_q", "block_k"), self.attention_blocks, strict=True))
 
     @property
     def experts(self) -> int:
@@ -314,14 +322,22 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
+SPRITEWAN_TEACHER = "spritewan-teacher"  # other weights of the preset "spritewan"
+
+
 def preset(name: str) -> ModelConfig:
     """The preset called `name`, in any case, with or without an organisation before a slash.
+
+    Of "spritewan-teacher" it is that of "spritewan", by the other name.
 
     Raises:
         ValueError: no preset has that name.
     """
     wanted = name.rsplit("/", 1)[-1].lower().removesuffix("-diffusers")
+    if wanted == SPRITEWAN_TEACHER:
+        return replace(PRESETS["spritewan"], name=SPRITEWAN_TEACHER)
     for key, model in PRESETS.items():
         if key.lower() == wanted:
             return model
-    raise ValueError(f"unknown model {name!r}; known models: {', '.join(PRESETS)}")
+    known = ", ".join([*PRESETS, SPRITEWAN_TEACHER])
+    raise ValueError(f"unknown model {name!r}; known models: {known}")

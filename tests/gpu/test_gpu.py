@@ -38,7 +38,7 @@ from turbodit.vae import VideoVAE
 
 pytestmark = pytest.mark.gpu
 
-FOLDER = EMBEDDED["spritewan"]
+FOLDER = EMBEDDED["spritewan"].path
 CUDA = torch.device("cuda")
 SHORT = {"frames": 9, "steps": 3, "seed": 5}
 TINY_VAE = {**VAE_CONFIG, "base_dim": 8, "decoder_base_dim": 8}
@@ -136,7 +136,7 @@ def test_noise_is_the_same_on_every_device() -> None:
 
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
-    return Pipeline.from_pretrained("spritewan")
+    return Pipeline.from_pretrained("spritewan-teacher")
 
 
 def test_the_same_seed_gives_the_same_bytes(pipe: Pipeline) -> None:
@@ -148,12 +148,19 @@ def test_the_same_seed_gives_the_same_bytes(pipe: Pipeline) -> None:
     assert (first != other).any()
 
 
+def test_the_default_gives_the_same_bytes_twice() -> None:
+    pipe = Pipeline.from_pretrained()
+    first, second = (pipe("a large fox runs to the right", **SHORT).frames for _ in range(2))
+    assert first.shape == (9, 256, 256, 3)
+    np.testing.assert_array_equal(first, second)
+
+
 @pytest.mark.parametrize("solver", ["unipc", "few-step"])
 def test_a_video_is_that_of_a_cpu(pipe: Pipeline, solver: str) -> None:
     """In float32; the steps that follow a difference of rounding make it larger."""
     prompt, settings = "a small cat jumps in the snow", {**SHORT, "solver": solver}
     on_cpu, on_gpu = (
-        Pipeline.from_pretrained("spritewan", device=device, dtype=torch.float32)
+        Pipeline.from_pretrained("spritewan-teacher", device=device, dtype=torch.float32)
         for device in ("cpu", "cuda")
     )
     want, got = (p(prompt, **settings).frames.astype(int) for p in (on_cpu, on_gpu))
@@ -171,7 +178,7 @@ def test_offloading_changes_no_frame(pipe: Pipeline, mode: str, with_image: bool
         still = render([one], frames=1)[0, 0].permute(1, 2, 0).numpy()
         settings["image"] = Image.fromarray(still)
     expected = pipe(one.caption, **settings)
-    offloaded = Pipeline.from_pretrained("spritewan", offload=mode)
+    offloaded = Pipeline.from_pretrained("spritewan-teacher", offload=mode)
     np.testing.assert_array_equal(offloaded(one.caption, **settings).frames, expected.frames)
     networks = [offloaded.transformers["transformer"], offloaded.vae.model]
     assert all(p.device.type == "cpu" for network in networks for p in network.parameters())

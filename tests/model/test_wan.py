@@ -137,6 +137,47 @@ def test_time_per_latent_frame_equals_time_per_token() -> None:
     torch.testing.assert_close(run(model, x), run(model, per_token))
 
 
+def sparse_twin(model: WanModel, **settings: object) -> WanModel:
+    """The same weights, with sparse-linear attention in blocks of 16 tokens."""
+    blocks = {"block_q": 16, "block_k": 16}
+    twin = WanModel(model.config, "sla", {**blocks, **settings}).to(model.head.head.weight.dtype)
+    twin.load_state_dict(model.state_dict(), strict=False)  # but proj_l, which starts at zero
+    return twin.eval()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_order_of_tokens_is_nothing_to_attention_that_sees_all(variant: str) -> None:
+    model, inputs = random_model(VARIANTS[variant]), random_inputs(variant)
+    want = run(model, inputs)
+    for order in ("thw", "hwt"):
+        got = run(sparse_twin(model, ratio=1.0, token_order=order), inputs)
+        assert relative_error(got, want) <= 1e-5, order
+
+
+def test_blocks_are_of_tokens_in_the_order_asked_for() -> None:
+    model, inputs = random_model(VARIANTS["ti2v"]), random_inputs("ti2v")
+    rows, other = (sparse_twin(model, ratio=0.3, token_order=order) for order in ("thw", "hwt"))
+    want = run(other, inputs)
+    assert relative_error(run(rows, inputs), want) > 1e-3
+    order = torch.arange(3 * 5 * 7).view(3, 35).T.flatten()
+    for block in rows.blocks:
+        op = block.self_attn.attn_op
+        attend = op.local_attn.forward
+
+        def reordered(q, k, v, attend=attend):
+            return attend(q[:, order], k[:, order], v[:, order])[:, order.argsort()]
+
+        op.local_attn.forward = reordered
+    assert relative_error(run(rows, inputs), want) <= 1e-5
+
+
+def test_an_unknown_order_of_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown token order 'wht'; supported: thw, hwt"):
+        WanModel(VARIANTS["t2v"], "sla", {"token_order": "wht"})
+    with pytest.raises(ValueError, match="'sdpa' has no setting token_order"):
+        WanModel(VARIANTS["t2v"], "sdpa", {"token_order": "hwt"})
+
+
 def test_samples_of_a_batch_do_not_touch_each_other() -> None:
     model = random_model(VARIANTS["t2v"]).double()
     x = random_inputs("t2v").to(torch.float64)

@@ -28,7 +28,7 @@ def model() -> WanModel:
 def test_a_lora_is_not_quantised(model: WanModel) -> None:
     with pytest.raises(ValueError, match=r"\(4 layers, such as blocks\.0\.self_attn\.q\); merge"):
         quantize_linears(model, "int8-channel")
-    assert type(model.blocks[0].self_attn.k) is nn.Linear  # nor are the others, half-way
+    assert isinstance(model.blocks[0].self_attn.k, nn.Linear)  # nor are the others, half-way
 
 
 def test_a_lora_is_not_packed(model: WanModel) -> None:

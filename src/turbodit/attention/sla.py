@@ -14,6 +14,9 @@ queries' mean. What the linear attention covers depends on the variant:
 proj_l is a D x D linear layer in float32 that all heads of a layer share. It starts at zero:
 at first SLA is sparse attention alone.
 
+Forward-mode differentiation passes: the block map is held fixed, the sparse branch has one kernel
+for value and tangent, and the linear branch goes by PyTorch's own rules.
+
 Shapes: B batch, L length, H heads, D head dimension, M blocks (Mq of queries, Mk of keys).
 """
 
@@ -25,15 +28,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from turbodit.attention.head_dim import pad_head_dim
 from turbodit.kernels import HEAD_DIMS, linear_attention
+from turbodit.kernels.attention_jvp import sparse_attention_jvp
 from turbodit.kernels.block_map import map_from_indices, pool, select_topk
 from turbodit.kernels.forward_ad import has_tangent
 from turbodit.kernels.linear_attention import FEATURE_MAPS, KeyValueStatistics, key_value_statistics
 from turbodit.kernels.linear_attention import reference as linear_reference
 from turbodit.kernels.quantized_attention import fastest_pv, quantized_attention
-from turbodit.kernels.sparse_attention import reference as sparse_reference
 from turbodit.kernels.sparse_attention import sparse_attention
 
 VARIANTS = ("released", "paper")
@@ -157,11 +161,14 @@ class SparseLinearAttention(nn.Module):
     def _sparse(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor
     ) -> torch.Tensor:
-        """The sparse branch."""
-        dim = q.shape[-1]
+        """The sparse branch; with a tangent it has no gradient."""
         if has_tangent(q, k, v):
-            blocks = self.block_q, self.block_k
-            return sparse_reference.forward(q, k, v, indices, None, *blocks, dim**-0.5)[0]
+            primals, tangents = zip(*(forward_ad.unpack_dual(x) for x in (q, k, v)), strict=True)
+            out, out_tangent = sparse_attention_jvp(
+                *primals, *tangents, indices=indices, block_q=self.block_q, block_k=self.block_k
+            )
+            return forward_ad.make_dual(out, out_tangent)
+        dim = q.shape[-1]
         q, k, v = pad_head_dim(q, k, v)
         return self._kernel(q, k, v, indices, scale=dim**-0.5)[..., :dim]
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from turbodit.config import TokenOrder
 from turbodit.kernels import wide
-from turbodit.kernels.forward_ad import has_tangent
+from turbodit.kernels.forward_ad import has_tangent, linear
 from turbodit.kernels.norm import Angles, rms_norm
 from turbodit.kernels.quantized_linear import Quantized, quantize_activation
 from turbodit.quantization import QuantizedLinear
@@ -40,14 +41,19 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
 
 
+class Linear(nn.Linear):
+    """A linear layer whose tangent is one product (`kernels.forward_ad.linear`)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class FeedForward(nn.Sequential):
     """Linear, GELU (tanh), linear; the GELU at the end of the first product, or within a pass over
     its output that is made anyway."""
 
     def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__(
-            nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim)
-        )
+        super().__init__(Linear(dim, hidden), nn.GELU(approximate="tanh"), Linear(hidden, dim))
 
     def forward(self, x: torch.Tensor | Quantized) -> torch.Tensor:
         up, gelu, down = self
@@ -91,21 +97,43 @@ def timestep_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(wide(timestep.dtype))
 
 
-def patchify(x: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
-    """(B, C, T, H, W) -> (B, L, C*kt*kh*kw): tokens in t,h,w order, channels outermost."""
+def patchify(
+    x: torch.Tensor, patch: tuple[int, int, int], order: TokenOrder = "thw"
+) -> torch.Tensor:
+    """(B, C, T, H, W) -> (B, L, C*kt*kh*kw): patches as tokens, channels outermost.
+
+    Args:
+        order: of the tokens. "thw" is Wan's: a block of attention is some rows of a frame. In
+            "hwt" it is a few places over time.
+    """
     b, c, t, h, w = x.shape
     kt, kh, kw = patch
     x = x.reshape(b, c, t // kt, kt, h // kh, kh, w // kw, kw)
-    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, -1, c * kt * kh * kw)
+    return in_order(x.permute(0, 2, 4, 6, 1, 3, 5, 7), order).flatten(2)
+
+
+def in_order(grid: torch.Tensor, order: TokenOrder) -> torch.Tensor:
+    """Tokens (B, t, h, w, ...) -> (B, L, ...) in `order`."""
+    return grid.movedim(1, order.index("t") + 1).flatten(1, 3)
 
 
 def unpatchify(
-    x: torch.Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]
+    x: torch.Tensor,
+    grid: tuple[int, int, int],
+    patch: tuple[int, int, int],
+    order: TokenOrder = "thw",
 ) -> torch.Tensor:
-    """(B, L, kt*kh*kw*C) -> (B, C, T, H, W): the head's order, channels innermost."""
+    """(B, L, kt*kh*kw*C) -> (B, C, T, H, W): the head's order, channels innermost.
+
+    Args:
+        grid: tokens along time, height and width.
+        order: of the tokens, as in `patchify`.
+    """
     t, h, w = grid
     kt, kh, kw = patch
-    x = x.reshape(x.shape[0], t, h, w, kt, kh, kw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+    sizes = dict(zip("thw", grid, strict=True))
+    x = x.unflatten(1, [sizes[axis] for axis in order]).movedim(order.index("t") + 1, 1)
+    x = x.unflatten(-1, (kt, kh, kw, -1)).permute(0, 7, 1, 4, 2, 5, 3, 6)
     return x.reshape(x.shape[0], -1, t * kt, h * kh, w * kw)
 
 

@@ -13,17 +13,21 @@ from functools import lru_cache
 
 import torch
 
+from turbodit.config import TokenOrder
+from turbodit.model.layers import in_order
+
 THETA = 10000.0
 
 
 @lru_cache(maxsize=16)
 def rope_table(
-    grid: tuple[int, int, int], head_dim: int, device: torch.device
+    grid: tuple[int, int, int], head_dim: int, device: torch.device, order: TokenOrder = "thw"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of every token's angles, float32, each (T*H*W, head_dim/2).
 
     Args:
         grid: number of tokens along time, height and width.
+        order: of the tokens, as in `model.layers.patchify`.
     """
     # A cached inference tensor could not be saved for a later backward pass.
     with torch.inference_mode(False), _outside_transforms():
@@ -38,7 +42,8 @@ def rope_table(
                 angles[2][None, None, :, :].expand(t, h, w, -1),
             ],
             dim=-1,
-        ).reshape(t * h * w, -1)
+        )
+        table = in_order(table[None], order)[0]
         return table.cos().float().to(device), table.sin().float().to(device)
 
 

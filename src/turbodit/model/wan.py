@@ -11,6 +11,7 @@ float32; the matrix products in the dtype of the weights (or of autocast), or in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -19,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from turbodit.attention import AttentionFunction, attention_function
-from turbodit.config import TransformerConfig
+from turbodit.attention import TOKEN_ORDER, AttentionFunction, attention_function
+from turbodit.config import TokenOrder, TransformerConfig
 from turbodit.kernels import wide
 from turbodit.kernels.norm import Angles, add_norm, gated_add, norm
 from turbodit.kernels.quantized_linear import Quantized
@@ -28,7 +29,9 @@ from turbodit.model.layers import (
     FeedForward,
     ImageEmbedding,
     LayerNorm,
+    Linear,
     RMSNorm,
+    in_order,
     patchify,
     timestep_embedding,
     unpatchify,
@@ -80,10 +83,10 @@ class Attention(nn.Module):
         dim = config.dim
         self.num_heads = config.num_heads
         self.attn_op = AttentionOp(attend)
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.k = Linear(dim, dim)
+        self.v = Linear(dim, dim)
+        self.o = Linear(dim, dim)
         self.norm_q = RMSNorm(dim, config.eps)
         self.norm_k = RMSNorm(dim, config.eps)
 
@@ -134,8 +137,8 @@ class CrossAttention(Attention):
         super().__init__(config, attend)
         self.has_image = config.image_dim is not None
         if self.has_image:
-            self.k_img = nn.Linear(config.dim, config.dim)
-            self.v_img = nn.Linear(config.dim, config.dim)
+            self.k_img = Linear(config.dim, config.dim)
+            self.v_img = Linear(config.dim, config.dim)
             self.norm_k_img = RMSNorm(config.dim, config.eps)
 
     def encode(self, context: Context) -> tuple[KeysValues, ...]:
@@ -207,7 +210,7 @@ class Head(nn.Module):
         super().__init__()
         kt, kh, kw = config.patch_size
         self.eps = config.eps
-        self.head = nn.Linear(config.dim, kt * kh * kw * config.out_dim)
+        self.head = Linear(config.dim, kt * kh * kw * config.out_dim)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
@@ -226,7 +229,8 @@ class WanModel(nn.Module):
         config: the variant's shape.
         attention: back-end of self attention (`turbodit.attention.BACKENDS`). Cross
             attention is short and always dense.
-        settings: of the back-end, e.g. {"ratio": 0.15} for "sla".
+        settings: of the back-end, e.g. {"ratio": 0.15} for "sla". With "token_order" the tokens go
+            through the blocks in another order (`patchify`), which dense attention does not notice.
         residual: dtype of the residual stream, "float32" as in Wan, or "bfloat16": fewer bytes
             to move, and rounding after each of a block's three additions.
 
@@ -248,6 +252,7 @@ class WanModel(nn.Module):
             )
         self.config = config
         self.residual = residual
+        self.token_order: TokenOrder = (settings or {}).get(TOKEN_ORDER, "thw")
         dim = config.dim
         self.patch_embedding = nn.Conv3d(
             config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size
@@ -296,7 +301,7 @@ class WanModel(nn.Module):
         Computed once for a size, and kept for some sizes.
         """
         t, h, w = (n // p for n, p in zip(latents.shape[2:], self.config.patch_size, strict=True))
-        return rope_table((t, h, w), self.config.head_dim, latents.device)
+        return rope_table((t, h, w), self.config.head_dim, latents.device, self.token_order)
 
     def encode_context(
         self, context: torch.Tensor, image_context: torch.Tensor | None = None
@@ -323,7 +328,7 @@ class WanModel(nn.Module):
                 condition concatenated here.
             t: rectified-flow time in [0, 1], (B,), or (B, n) with n dividing the number of
                 tokens L: t[:, i] is the time of the i-th run of L/n tokens (n = T: one
-                time per latent frame; n = L: one per token).
+                time per latent frame; n = L: one per token, always in t,h,w order).
             context: text embeddings (B, text_len, text_dim), zeros past the prompt's end; or
                 what `encode_context` made of them and of the image context.
             image_context: CLIP features (B, 257 or 514, image_dim), for models that have them.
@@ -337,11 +342,13 @@ class WanModel(nn.Module):
         grid = self._grid(latents, t)
         weight = self.patch_embedding.weight
         # A convolution whose stride is its kernel is a linear map of the patches.
-        tokens = patchify(latents.to(weight.dtype), self.config.patch_size)
+        tokens = patchify(latents.to(weight.dtype), self.config.patch_size, self.token_order)
         tokens = F.linear(tokens, weight.flatten(1), self.patch_embedding.bias)
         residual = wide(tokens.dtype) if self.residual == "float32" else torch.bfloat16
         x = tokens.to(residual)
-        time, modulation = self._embed_time(t.reshape(t.shape[0], -1))
+        time, modulation = (
+            self._of_tokens(part, grid) for part in self._embed_time(t.reshape(t.shape[0], -1))
+        )
         layers: Sequence[Context | tuple[KeysValues, ...]]
         if isinstance(context, EncodedContext):
             layers = context.layers
@@ -351,7 +358,7 @@ class WanModel(nn.Module):
         angles = self.angles(latents)
         for block, seen in zip(self.blocks, layers, strict=True):
             x = block(x, modulation, angles, seen, tokens.dtype)
-        return unpatchify(self.head(x, time), grid, self.config.patch_size)
+        return unpatchify(self.head(x, time), grid, self.config.patch_size, self.token_order)
 
     def _blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
@@ -371,6 +378,18 @@ class WanModel(nn.Module):
             time = self.time_embedding(sinusoid.to(next(self.time_embedding.parameters()).dtype))
             modulation = self.time_projection(time).unflatten(-1, (6, -1))
             return time.to(wide(time.dtype)), modulation.to(wide(time.dtype))
+
+    def _of_tokens(self, time: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+        """What runs of tokens have in common, (B, n, ...), for tokens in this model's order.
+
+        Runs are of t,h,w order. In another one their tokens lie apart, so each gets its own: (B, L,
+        ...).
+        """
+        n = time.shape[1]
+        if n == 1 or self.token_order == "thw":
+            return time
+        runs = torch.arange(n, device=time.device).repeat_interleave(math.prod(grid) // n)
+        return time.index_select(1, in_order(runs.view(1, *grid), self.token_order)[0])
 
     def _check_context(self, context: torch.Tensor, image_context: torch.Tensor | None) -> None:
         c = self.config

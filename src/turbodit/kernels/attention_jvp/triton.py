@@ -19,6 +19,11 @@ That is six matrix products, for the two of attention alone, so the tensor cores
 - Both terms of dS, and both of `along`, are summed by the tensor cores in place.
 - Only the ragged last key block needs a mask. It is taken last and apart.
 
+Under a block map a program has at most 64 query rows, which two programs of a multiprocessor have
+registers for: one multiplies while the other takes exponentials. It walks over the kept key
+blocks in the order of their list, whose next entry it reads a step ahead for the addresses. Any
+of them may be the ragged one, so every step has the mask: little beside six products.
+
 Statistics and sums are float32; P and W are rounded to the inputs' dtype for their products.
 """
 
@@ -35,7 +40,7 @@ from turbodit.kernels.tma import can_describe, is_large, strides, tiles
 
 TRITON_VERSION = tuple(int(x) for x in triton.__version__.split(".")[:2])
 # One compiled kernel for all of them: nothing is gained from a length that 16 divides.
-_SIZES = ["H", "Lq", "Lk"]
+_SIZES = ["H", "Lq", "Lk", "kept"]
 
 
 class Launch(NamedTuple):
@@ -51,6 +56,9 @@ class Launch(NamedTuple):
 # shared memory.
 LARGE = {64: Launch(128, 64, 8, 3), 128: Launch(128, 64, 8, 2)}
 SMALL = {64: Launch(128, 32, 8, 2), 128: Launch(64, 32, 4, 1)}
+# Under a block map, at most: of smaller blocks a program takes one, with a warp for 16 queries.
+SPARSE_LARGE = {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 4, 2)}
+SPARSE_SMALL = {64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 1)}
 
 
 @triton.jit
@@ -79,35 +87,63 @@ def _rows(
 
 @triton.jit
 def _add_keys(
-    q, dq, k, dk, v, dv, exists, scale_log2, scale, out, along, largest, total, slope,
-    MASKED: tl.constexpr,
+    q, dq, k, dk, v, dv, batch, head, start, Lk,
+    stride_kl, stride_dkl, stride_vl, stride_dvl,
+    scale_log2, scale, out, along, largest, total, slope,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds a block of keys; tangents that are None are zero. Sums are relative to exp2(largest)."""
+    """Adds the keys from row `start` on; tangents that are None are zero. Sums are relative to
+    exp2(largest)."""
+    if MASKED:
+        exists = start + tl.arange(0, BLOCK_K) < Lk
+    k_rows = _rows(k, batch, head, start, Lk, stride_kl, BLOCK_K, D, TMA)
+    if dk is not None:
+        dk_rows = _rows(dk, batch, head, start, Lk, stride_dkl, BLOCK_K, D, TMA)
+    v_rows = _rows(v, batch, head, start, Lk, stride_vl, BLOCK_K, D, TMA)
+    if dv is not None:
+        dv_rows = _rows(dv, batch, head, start, Lk, stride_dvl, BLOCK_K, D, TMA)
     HAS_SLOPE: tl.constexpr = (dq is not None) or (dk is not None)
-    scores = tl.dot(q, tl.trans(k))
+    scores = tl.dot(q, tl.trans(k_rows))
     if HAS_SLOPE:
         scores_tangent = tl.zeros(scores.shape, tl.float32)
         if dq is not None:
-            scores_tangent = tl.dot(dq, tl.trans(k), scores_tangent)
+            scores_tangent = tl.dot(dq, tl.trans(k_rows), scores_tangent)
         if dk is not None:
-            scores_tangent = tl.dot(q, tl.trans(dk), scores_tangent)
+            scores_tangent = tl.dot(q, tl.trans(dk_rows), scores_tangent)
     if MASKED:
         scores = tl.where(exists[None, :], scores, float("-inf"))
     new_largest = tl.maximum(largest, tl.max(scores, axis=1) * scale_log2)
     shrink = tl.exp2(largest - new_largest)
     weights = tl.exp2(scores * scale_log2 - new_largest[:, None])
-    narrow = weights.to(v.dtype)
+    narrow = weights.to(v_rows.dtype)
     total = total * shrink + tl.sum(weights, axis=1)
-    out = tl.dot(narrow, v, out * shrink[:, None])
+    out = tl.dot(narrow, v_rows, out * shrink[:, None])
     along *= shrink[:, None]
     if HAS_SLOPE:
         # Of the rounded ones, as slope * O has to cancel their part along O.
-        weighted = (weights * (scores_tangent * scale)).to(v.dtype)
+        weighted = (weights * (scores_tangent * scale)).to(v_rows.dtype)
         slope = slope * shrink + tl.sum(weighted.to(tl.float32), axis=1)
-        along = tl.dot(weighted, v, along)
+        along = tl.dot(weighted, v_rows, along)
     if dv is not None:
-        along = tl.dot(narrow, dv, along)
+        along = tl.dot(narrow, dv_rows, along)
     return out, along, new_largest, total, slope
+
+
+@triton.jit
+def _store(
+    out_ptr, along_ptr, batch, head, query_start, Lq, stride_b, stride_l, stride_h,
+    out, along, total, slope,
+    BLOCK_Q: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Output and tangent of some queries from their sums."""
+    out /= total[:, None]
+    along = along / total[:, None] - (slope / total)[:, None] * out
+    rows = query_start + tl.arange(0, BLOCK_Q)
+    offsets = rows[:, None].to(tl.int64) * stride_l + tl.arange(0, D)[None, :]
+    offsets += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    exists = (rows < Lq)[:, None]
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), exists)
+    tl.store(along_ptr + offsets, along.to(along_ptr.dtype.element_ty), exists)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -146,41 +182,76 @@ def _kernel(
     slope = tl.zeros((BLOCK_Q,), tl.float32)
     whole = Lk // BLOCK_K * BLOCK_K
     for start in range(0, whole, BLOCK_K):
-        k_rows = _rows(k, batch, head, start, Lk, stride_kl, BLOCK_K, D, TMA)
-        dk_rows = None
-        if dk is not None:
-            dk_rows = _rows(dk, batch, head, start, Lk, stride_dkl, BLOCK_K, D, TMA)
-        v_rows = _rows(v, batch, head, start, Lk, stride_vl, BLOCK_K, D, TMA)
-        dv_rows = None
-        if dv is not None:
-            dv_rows = _rows(dv, batch, head, start, Lk, stride_dvl, BLOCK_K, D, TMA)
         out, along, largest, total, slope = _add_keys(
-            q_rows, dq_rows, k_rows, dk_rows, v_rows, dv_rows, None, scale_log2, scale,
-            out, along, largest, total, slope, False,
+            q_rows, dq_rows, k, dk, v, dv, batch, head, start, Lk,
+            stride_kl, stride_dkl, stride_vl, stride_dvl,
+            scale_log2, scale, out, along, largest, total, slope, D, BLOCK_K, TMA, False,
         )  # fmt: skip
     if whole < Lk:
-        exists = whole + tl.arange(0, BLOCK_K) < Lk
-        k_rows = _rows(k, batch, head, whole, Lk, stride_kl, BLOCK_K, D, TMA)
-        dk_rows = None
-        if dk is not None:
-            dk_rows = _rows(dk, batch, head, whole, Lk, stride_dkl, BLOCK_K, D, TMA)
-        v_rows = _rows(v, batch, head, whole, Lk, stride_vl, BLOCK_K, D, TMA)
-        dv_rows = None
-        if dv is not None:
-            dv_rows = _rows(dv, batch, head, whole, Lk, stride_dvl, BLOCK_K, D, TMA)
         out, along, largest, total, slope = _add_keys(
-            q_rows, dq_rows, k_rows, dk_rows, v_rows, dv_rows, exists, scale_log2, scale,
-            out, along, largest, total, slope, True,
+            q_rows, dq_rows, k, dk, v, dv, batch, head, whole, Lk,
+            stride_kl, stride_dkl, stride_vl, stride_dvl,
+            scale_log2, scale, out, along, largest, total, slope, D, BLOCK_K, TMA, True,
         )  # fmt: skip
+    _store(
+        out_ptr, along_ptr, batch, head, query_start, Lq, stride_ob, stride_ol, stride_oh,
+        out, along, total, slope, BLOCK_Q, D,
+    )  # fmt: skip
 
-    out /= total[:, None]
-    along = along / total[:, None] - (slope / total)[:, None] * out
-    rows = query_start + tl.arange(0, BLOCK_Q)
-    offsets = rows[:, None].to(tl.int64) * stride_ol + tl.arange(0, D)[None, :]
-    offsets += batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
-    exists = (rows < Lq)[:, None]
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), exists)
-    tl.store(along_ptr + offsets, along.to(along_ptr.dtype.element_ty), exists)
+
+@triton.jit(do_not_specialize=_SIZES)
+def _sparse_kernel(
+    q, dq, k, dk, v, dv, indices, out_ptr, along_ptr,
+    H, Lq, Lk, kept, scale_log2, scale,
+    stride_qb, stride_ql, stride_qh,
+    stride_dqb, stride_dql, stride_dqh,
+    stride_kb, stride_kl, stride_kh,
+    stride_dkb, stride_dkl, stride_dkh,
+    stride_vb, stride_vl, stride_vh,
+    stride_dvb, stride_dvl, stride_dvh,
+    stride_ob, stride_ol, stride_oh,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """ROWS of a block of queries against the blocks of keys that it keeps, KEYS at a time."""
+    batch, head = tl.program_id(1) // H, tl.program_id(1) % H
+    query_start = tl.program_id(0) * ROWS
+    q = _head(q, batch, head, stride_qb, stride_qh, False)
+    if dq is not None:
+        dq = _head(dq, batch, head, stride_dqb, stride_dqh, False)
+    k = _head(k, batch, head, stride_kb, stride_kh, TMA)
+    if dk is not None:
+        dk = _head(dk, batch, head, stride_dkb, stride_dkh, TMA)
+    v = _head(v, batch, head, stride_vb, stride_vh, TMA)
+    if dv is not None:
+        dv = _head(dv, batch, head, stride_dvb, stride_dvh, TMA)
+    q_rows = _rows(q, batch, head, query_start, Lq, stride_ql, ROWS, D, False)
+    dq_rows = None
+    if dq is not None:
+        dq_rows = _rows(dq, batch, head, query_start, Lq, stride_dql, ROWS, D, False)
+
+    out = tl.zeros((ROWS, D), tl.float32)
+    along = tl.zeros((ROWS, D), tl.float32)
+    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    slope = tl.zeros((ROWS,), tl.float32)
+    query_block = tl.program_id(1).to(tl.int64) * tl.cdiv(Lq, BLOCK_Q) + query_start // BLOCK_Q
+    indices += query_block * kept
+    STEPS: tl.constexpr = BLOCK_K // KEYS
+    block = tl.load(indices)
+    for step in range(kept * STEPS):
+        # A block begins with a key that exists, so the maximum is finite from its first step on.
+        start = block * BLOCK_K + step % STEPS * KEYS
+        block = tl.load(indices + tl.minimum((step + 1) // STEPS, kept - 1))
+        out, along, largest, total, slope = _add_keys(
+            q_rows, dq_rows, k, dk, v, dv, batch, head, start, Lk,
+            stride_kl, stride_dkl, stride_vl, stride_dvl,
+            scale_log2, scale, out, along, largest, total, slope, D, KEYS, TMA, True,
+        )  # fmt: skip
+    _store(
+        out_ptr, along_ptr, batch, head, query_start, Lq, stride_ob, stride_ol, stride_oh,
+        out, along, total, slope, ROWS, D,
+    )  # fmt: skip
 
 
 def attention_jvp(
@@ -194,11 +265,7 @@ def attention_jvp(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, length, heads, dim = q.shape
     out, out_tangent = q.new_empty(q.shape), q.new_empty(q.shape)
-    inputs = [
-        # A tangent may be one number in all places: no rows to read.
-        x if x is None or x.stride(-1) == 1 else x.contiguous()
-        for x in (q, q_tangent, k, k_tangent, v, v_tangent)
-    ]
+    inputs = [_with_rows(x) for x in (q, q_tangent, k, k_tangent, v, v_tangent)]
     given = [x for x in inputs if x is not None]
     if _has_hopper_kernel(q) and len(given) == 6 and can_describe(*given):
         from turbodit.kernels.attention_jvp import hopper
@@ -215,6 +282,39 @@ def attention_jvp(
     return out, out_tangent
 
 
+def sparse_attention_jvp(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_tangent: torch.Tensor | None,
+    k_tangent: torch.Tensor | None,
+    v_tangent: torch.Tensor | None,
+    indices: torch.Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, length, heads, dim = q.shape
+    out, out_tangent = q.new_empty(q.shape), q.new_empty(q.shape)
+    inputs = [_with_rows(x) for x in (q, q_tangent, k, k_tangent, v, v_tangent)]
+    launch, tma = _sparse_launch(q), can_describe(*inputs[2:])
+    rows, keys = min(launch.block_q, block_q), min(launch.block_k, block_k)
+    _sparse_kernel[(triton.cdiv(length, rows), batch * heads)](
+        *inputs[:2], *tiles(keys, tma, *inputs[2:]), indices.contiguous(), out, out_tangent,
+        heads, length, k.shape[1], indices.shape[3], scale * LOG2_E, scale,
+        *strides(*inputs, out),
+        D=dim, BLOCK_Q=block_q, BLOCK_K=block_k, ROWS=rows, KEYS=keys, TMA=tma,
+        # A matrix product takes 16 rows of a warp at least.
+        num_warps=min(launch.num_warps, rows // 16), num_stages=launch.num_stages,
+    )  # fmt: skip
+    return out, out_tangent
+
+
+def _with_rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x with rows that can be read: a tangent may be one number in all places."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
 def _has_hopper_kernel(x: torch.Tensor) -> bool:
     """Whether `hopper` is for x: it needs the GPU, the head dimension and Triton 3.6."""
     return (
@@ -227,3 +327,7 @@ def _has_hopper_kernel(x: torch.Tensor) -> bool:
 
 def _launch(x: torch.Tensor) -> Launch:
     return (LARGE if is_large(x) else SMALL)[x.shape[-1]]
+
+
+def _sparse_launch(x: torch.Tensor) -> Launch:
+    return (SPARSE_LARGE if is_large(x) else SPARSE_SMALL)[x.shape[-1]]

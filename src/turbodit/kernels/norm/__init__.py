@@ -1,8 +1,8 @@
 """The DiT's glue, each piece one pass over the tokens: gated residual, LayerNorm, modulation and
 quantisation; RMSNorm and rotary positions.
 
-Where a derivative is wanted, a gradient or a tangent, the reference runs, which has both.
-`reference` holds the formulas.
+Where a gradient is wanted the reference runs, which PyTorch differentiates, and where a tangent is
+wanted, too, unless `kernels.norm_jvp` has a kernel for it. `reference` holds the formulas.
 
 Shapes: B batch, L tokens, D width, n runs of L/n tokens that share a modulation (n divides L).
 """
@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from turbodit.kernels import custom_op, implementation, kernels_run
+from turbodit.kernels import custom_op, implementation, kernels_run, norm_jvp
 from turbodit.kernels.forward_ad import has_tangent
 from turbodit.kernels.norm import reference
 from turbodit.kernels.quantized_linear import DTYPES, Quantized
@@ -52,6 +52,9 @@ def norm(
     _check(x, None, None, weight, bias, shift, scale)
     if _differentiates(x, weight, bias, shift, scale):
         _refuse_format(format)
+        assert dtype is not None
+        if _has_kernel_for_tangent(x, (shift, scale), (weight, bias)):
+            return norm_jvp.norm(x, weight, bias, shift, scale, eps, dtype)
         return reference.norm(x, weight, bias, shift, scale, eps, dtype, None)[0]
     values, scales = _norm(x, weight, bias, shift, scale, eps, dtype, format)
     return values if format is None else Quantized(values, scales)
@@ -82,6 +85,9 @@ def add_norm(
     _check(x, update, gate, weight, bias, shift, scale)
     if _differentiates(x, update, gate, weight, bias, shift, scale):
         _refuse_format(format)
+        assert dtype is not None
+        if _has_kernel_for_tangent(x, (update, gate, shift, scale), (weight, bias)):
+            return norm_jvp.add_norm(x, update, gate, weight, bias, shift, scale, eps, dtype)
         y, h, _ = reference.add_norm(x, update, gate, weight, bias, shift, scale, eps, dtype, None)
         return y, h
     y, values, scales = _add_norm(x, update, gate, weight, bias, shift, scale, eps, dtype, format)
@@ -94,6 +100,8 @@ def gated_add(
     """x + gate * update in x's dtype; shapes and errors as `add_norm`."""
     _check(x, update, gate, None, None, None, None)
     if _differentiates(x, update, gate):
+        if _has_kernel_for_tangent(x, (update, gate)):
+            return norm_jvp.gated_add(x, update, gate)
         return reference.add(x, update, gate)
     return _gated_add(x, update, gate)
 
@@ -137,6 +145,8 @@ def rms_norm(
         )
     _check_width(x)
     if _differentiates(x, weight):
+        if _has_kernel_for_tangent(x, (), (weight,)):
+            return norm_jvp.rms_norm(x, weight, eps, cos, sin)
         return reference.rms_norm(x, weight, eps, cos, sin)
     if in_place and x.stride(-1) == 1:
         _rms_norm_in_place(x, weight, eps, cos, sin)
@@ -286,8 +296,24 @@ def _output(out: torch.dtype | str) -> tuple[torch.dtype | None, str | None]:
 
 def _differentiates(*tensors: torch.Tensor | None) -> bool:
     """Whether a gradient or a tangent is wanted."""
-    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return trains or has_tangent(*tensors)
+    return _trains(*tensors) or has_tangent(*tensors)
+
+
+def _trains(*tensors: torch.Tensor | None) -> bool:
+    """Whether a gradient is wanted."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _has_kernel_for_tangent(
+    x: torch.Tensor,
+    moving: tuple[torch.Tensor | None, ...],
+    weights: tuple[torch.Tensor | None, ...] = (),
+) -> bool:
+    """Whether a kernel computes value and tangent: neither has a gradient then, and only x and
+    what else is `moving` may have a tangent, not the weights."""
+    return (
+        norm_jvp.has_kernel(x) and not _trains(x, *moving, *weights) and not has_tangent(*weights)
+    )
 
 
 def _refuse_format(format: str | None) -> None:

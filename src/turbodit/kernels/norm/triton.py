@@ -39,7 +39,7 @@ _SIZES = ["length", "run"]
 
 
 @triton.jit
-def _load(pointer, D: tl.constexpr, WIDTH: tl.constexpr, POLICY: tl.constexpr):
+def load_row(pointer, D: tl.constexpr, WIDTH: tl.constexpr, POLICY: tl.constexpr):
     """D numbers in pieces of WIDTH, float32, zeros past the end."""
     pieces = ()
     for start in tl.static_range(0, D, WIDTH):
@@ -53,7 +53,7 @@ def _load(pointer, D: tl.constexpr, WIDTH: tl.constexpr, POLICY: tl.constexpr):
 
 
 @triton.jit
-def _store(pointer, piece, start: tl.constexpr, D: tl.constexpr):
+def store_piece(pointer, piece, start: tl.constexpr, D: tl.constexpr):
     """The piece that begins at column `start`."""
     WIDTH: tl.constexpr = piece.shape[0]
     columns = start + tl.arange(0, WIDTH)
@@ -77,25 +77,25 @@ def _norm_kernel(
     runs = length // run
     batch, n = tl.program_id(1).to(tl.int64) // runs, tl.program_id(1) % runs
     if gate_ptr is not None:
-        gate = _load(gate_ptr + batch * gate_b + n * gate_n, D, WIDTH, "")
+        gate = load_row(gate_ptr + batch * gate_b + n * gate_n, D, WIDTH, "")
     if weight_ptr is not None:
-        weight, bias = _load(weight_ptr, D, WIDTH, ""), _load(bias_ptr, D, WIDTH, "")
+        weight, bias = load_row(weight_ptr, D, WIDTH, ""), load_row(bias_ptr, D, WIDTH, "")
     if shift_ptr is not None:
-        shift = _load(shift_ptr + batch * stride_b + n * stride_n, D, WIDTH, "")
-        scale = _load(scale_ptr + batch * stride_b + n * stride_n, D, WIDTH, "")
+        shift = load_row(shift_ptr + batch * stride_b + n * stride_n, D, WIDTH, "")
+        scale = load_row(scale_ptr + batch * stride_b + n * stride_n, D, WIDTH, "")
     begin = batch * length + n * run
     first = tl.program_id(0) * ROWS
     for row in range(begin + first, begin + tl.minimum(first + ROWS, run)):
-        x = _load(x_ptr + row * D, D, WIDTH, "evict_first")
+        x = load_row(x_ptr + row * D, D, WIDTH, "evict_first")
         if update_ptr is not None:
-            update = _load(update_ptr + row * D, D, WIDTH, "evict_first")
+            update = load_row(update_ptr + row * D, D, WIDTH, "evict_first")
             sums = ()
             for i in tl.static_range(PIECES):
                 change = update[i]
                 if gate_ptr is not None:
                     change = change * gate[i]
                 y = (x[i] + change).to(y_ptr.dtype.element_ty)
-                _store(y_ptr + row * D, y, i * WIDTH, D)
+                store_piece(y_ptr + row * D, y, i * WIDTH, D)
                 sums += (y.to(tl.float32),)  # type: ignore[assignment]
             x = sums
         if out_ptr is not None:
@@ -128,11 +128,11 @@ def _norm_kernel(
                 tl.store(out_scale_ptr + row, out_scale)
                 inverse = inverse_of(out_scale)
                 for i in tl.static_range(PIECES):
-                    _store(out_ptr + row * D, values_of(result[i], inverse, FP8), i * WIDTH, D)
+                    store_piece(out_ptr + row * D, values_of(result[i], inverse, FP8), i * WIDTH, D)
             else:
                 for i in tl.static_range(PIECES):
                     h = result[i].to(out_ptr.dtype.element_ty)
-                    _store(out_ptr + row * D, h, i * WIDTH, D)
+                    store_piece(out_ptr + row * D, h, i * WIDTH, D)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -241,7 +241,7 @@ def _launch(
     batch, length, dim = x.shape
     # A run is one in which no table changes.
     runs = math.lcm(*(table.shape[1] for table in (gate, shift) if table is not None))
-    gate, shift, scale = (_table(table, runs) for table in (gate, shift, scale))
+    gate, shift, scale = (table_of_runs(table, runs) for table in (gate, shift, scale))
     if shift is not None and scale is not None and shift.stride() != scale.stride():
         shift, scale = shift.contiguous(), scale.contiguous()
     warps = _warps(dim)
@@ -254,7 +254,7 @@ def _launch(
     )  # fmt: skip
 
 
-def _table(table: torch.Tensor | None, runs: int) -> torch.Tensor | None:
+def table_of_runs(table: torch.Tensor | None, runs: int) -> torch.Tensor | None:
     """A (B, n, D) table with a row for each run, and a contiguous last dimension."""
     if table is None:
         return None
