@@ -76,8 +76,8 @@ class Bench:
         )
         model.requires_grad_(train)
         if train:
-            compile_blocks(model)
             checkpoint_blocks(model, "block")
+            compile_blocks(model)
         return model
 
     def velocity(self, model: WanModel, conditions: Conditions | None = None) -> Network:

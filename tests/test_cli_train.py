@@ -44,6 +44,14 @@ def test_a_recipe_gives_the_flags_their_defaults(ran, method, name):
     assert command.recipe == name
 
 
+def test_a_recipe_of_one_method_is_none_of_the_other(ran, capsys):
+    assert main(["train", "rcm", "--recipe", "Wan2.2-T2V-A14B"]) == 0
+    (command,) = ran
+    assert command.config == RCM["Wan2.2-T2V-A14B"]() and command.config.expert is None
+    assert main(["train", "sla", "--recipe", "Wan2.2-T2V-A14B"]) == 2
+    assert "unknown recipe 'Wan2.2-T2V-A14B'; supported: " in capsys.readouterr().err
+
+
 def test_flags_win_over_the_recipe(ran):
     flags = ["--steps", "7", "--lr", "3e-4", "--data", "a", "b/*.tar", "--ratio", "0.2"]
     assert main(["train", "sla", "--recipe=Wan2.1-T2V-14B", *flags, "--ema", "0.05", "0.1"]) == 0
@@ -54,10 +62,10 @@ def test_flags_win_over_the_recipe(ran):
     assert (config.context, config.accumulate) == (recipe.context, recipe.accumulate) == (8, 32)
 
 
-def test_without_a_recipe_it_is_the_embedded_model(ran):
+def test_without_a_recipe_it_is_the_embedded_teacher(ran):
     assert main(["train", "rcm", "--method", "dmd", "--fixed-times"]) == 0
     (command,) = ran
-    assert command.config.model == "spritewan"
+    assert command.config.model == "spritewan-teacher"
     assert (command.config.method, command.config.fixed_times) == ("dmd", True)
 
 
@@ -82,6 +90,8 @@ def test_every_recipe_has_a_plan(method, name, capsys):
     for word in ("student: AdamW", "teacher: weights", "tokens", "80 GB"):
         assert word in out, word
     assert ("fake score: AdamW" in out) == (method == "rcm")
+    assert ("both experts" in out) == name.endswith("-A14B")
+    assert ("one expert" in out) == name.endswith(("-high", "-low"))
 
 
 def test_a_dry_run_writes_nothing(capsys):

@@ -226,6 +226,20 @@ def test_training_on_several_gpus() -> None:
     assert not any(one.plan().fits("one GPU").values())
 
 
+def test_both_experts_take_what_two_do_but_for_activations() -> None:
+    one = Training(preset("Wan2.2-T2V-A14B"), 832, 480, 81, "rcm", gpus=8, context_parallel=4)
+    both = replace(one, both_experts=True)
+    parts, single = both.parts(), one.parts()
+    assert parts.keys() == single.keys()
+    for part, size in parts.items():
+        assert size == pytest.approx(single[part] * (2 if ":" in part else 1), abs=1), part
+    assert both.seconds() == one.seconds()
+    assert one.plan().title.endswith("one expert") and both.plan().title.endswith("both experts")
+    for changes in ({"model": preset(SMALL)}, {"method": "sla"}):
+        with pytest.raises(ValueError, match="by rcm, of a model that has two; got"):
+            replace(both, **changes)
+
+
 def test_what_saves_memory_in_training() -> None:
     full = Training(preset(SMALL), 832, 480, 81, "sla")
 

@@ -57,6 +57,7 @@ def new_state(mesh: Mesh, seed: int = 0) -> TrainState:
         optimizers={"student": torch.optim.AdamW(model.parameters(), lr=1e-2)},
         averages={"0.1": PowerEMA(model, 0.1), "0.2": PowerEMA(model, 0.2)},
         generators={"times": torch.Generator().manual_seed(seed)},
+        common={"sides": torch.Generator().manual_seed(seed)},
         data=Counter(),
     )
 
@@ -69,6 +70,7 @@ def update(state: TrainState, mesh: Mesh, draws: bool = True) -> float:
     t, noise = torch.full((len(latents),), 0.5), torch.ones_like(latents)
     if draws:
         t = torch.rand(len(latents), generator=state.generators["times"])
+        t = t * torch.rand((), generator=state.common["sides"])
         noise = torch.randn_like(latents) + random.random() + np.random.rand()
     context = torch.linspace(-1, 1, 32).sin().view(1, 4, 8).expand(len(latents), -1, -1)
     loss = (model(latents + noise, t, context) - noise).square().mean()
@@ -122,6 +124,7 @@ def go_on(folder: Path, mesh: Mesh) -> dict[str, Any]:
         "step": state.step,
         "position": state.data.position,
         "draw": torch.rand(()),
+        "common": torch.rand((), generator=state.common["sides"]),
     }
     update(state, mesh, draws=False)
     told["weights"] = whole(state.models["student"].state_dict())

@@ -171,6 +171,7 @@ def test_another_number_of_processes(tmp_path):
     checkpoints = Checkpoints(tmp_path / "one", mesh)
     checkpoints.save(state)
     checkpoints.close()
+    torch.rand(5, generator=state.common["sides"])  # after what is saved
     state.data.position = 0  # as readers start anew
     update(state, mesh, draws=False)
     once = {"weights": weights(state), "average": whole(state.averages["0.2"].state_dict())}
@@ -183,6 +184,8 @@ def test_another_number_of_processes(tmp_path):
         assert_same(one["weights"], once["weights"], **limits)
         assert_same(one["average"], once["average"], **limits)
     assert told[0]["draw"] != told[1]["draw"]
+    first = torch.rand((), generator=torch.Generator().manual_seed(0))
+    assert told[0]["common"] == told[1]["common"] == first
 
     state.data.position = 0
     update(state, mesh, draws=False)

@@ -61,6 +61,26 @@ def test_one_expert_of_two_cannot_roll_out(method):
         RCMConfig(model="", expert="high-noise", method=method).check_model(two)
 
 
+@pytest.mark.parametrize("values", [{}, {"method": "scm"}, {"method": "dmd"}])
+def test_two_experts_are_distilled_in_one_run(values):
+    RCMConfig(model="", **values).check_model(preset("Wan2.2-I2V-A14B"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "dcm"}, "over the boundary.*got dcm with exact"),
+        ({"tangent": "semi-continuous"}, "over the boundary.*got rcm with semi-continuous"),
+        ({"student": Path("a")}, "begin with the model's own weights, got student a"),
+        ({"transformer": Path("b")}, "begin with the model's own weights, got transformer b"),
+    ],
+)
+def test_what_both_experts_in_one_run_cannot_do(values, message):
+    with pytest.raises(ValueError, match=message):
+        RCMConfig(model="", **values).check_model(preset("Wan2.2-T2V-A14B"))
+    RCMConfig(model="", **values).check_model(preset("Wan2.1-T2V-1.3B"))
+
+
 def test_the_ratio_falls_in_a_straight_line():
     config = SLAConfig(model="", ratio=0.1, first_ratio=0.5, ratio_steps=4)
     assert [config.ratio_at(n) for n in range(6)] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.1])

@@ -7,7 +7,8 @@ import torch
 
 from turbodit.training.data import Batch
 from turbodit.training.losses import exact_tangent
-from turbodit.training.networks import Conditions, conditions_of, guided
+from turbodit.training.networks import Conditions, Experts, OneSide, conditions_of, guided
+from turbodit.training.times import LogNormal, UniformShifted, time_of_angle
 
 B, C, T, H, W = 3, 2, 4, 2, 2
 CPU = torch.device("cpu")
@@ -141,3 +142,54 @@ def test_guidance_of_one_asks_the_conditional_network_alone():
         raise AssertionError("a pass for nothing")
 
     assert guided(conditional, unconditional, 1.0)(latents(), times()) is not None
+
+
+# Two experts
+
+BOUNDARY = 0.875
+
+
+def test_the_time_says_which_expert_works():
+    experts = Experts(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), BOUNDARY)
+    for t, name in ((1.0, "high"), (BOUNDARY, "high"), (BOUNDARY - 1e-9, "low"), (0.0, "low")):
+        times = torch.tensor([t, t], dtype=torch.float64)
+        assert experts.at(times) is getattr(experts, f"{name}_noise"), t
+    with pytest.raises(ValueError, match=r"times on both sides of 0\.875, \[0\.75, 1\.0\]"):
+        experts.at(torch.tensor([0.75, 1.0]))
+
+
+def test_experts_are_one_module_with_the_parameters_of_both():
+    experts = Experts(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), BOUNDARY)
+    names = [name for name, _ in experts.named_parameters()]
+    assert [name.partition(".")[0] for name in names] == ["high_noise"] * 2 + ["low_noise"] * 2
+    folders = experts.by_folder()
+    assert folders["transformer"] is experts.high_noise
+    assert folders["transformer_2"] is experts.low_noise
+
+
+@pytest.mark.parametrize("distribution", [UniformShifted(5.0), LogNormal(0.7, 1.6)])
+def test_batches_are_on_one_side_and_have_the_distribution(distribution):
+    """Its share of each side, and within a side its own quantiles."""
+    common, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+    side = OneSide(distribution, BOUNDARY, common)
+    batches = torch.stack([time_of_angle(side.sample(3, own)) for _ in range(3000)])
+    high = batches >= BOUNDARY
+    assert (high.all(1) | ~high.any(1)).all()
+    wanted = time_of_angle(distribution.sample(100_000, torch.Generator().manual_seed(2)))
+    shares = [x.double().mean().item() for x in (high[:, 0], wanted >= BOUNDARY)]
+    assert shares[0] == pytest.approx(shares[1], abs=0.03) and 0.2 < shares[1] < 0.45
+    levels = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
+    for of_side in (lambda t: t[t >= BOUNDARY], lambda t: t[t < BOUNDARY]):
+        found, expected = (of_side(t).quantile(levels) for t in (batches, wanted))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
+
+
+def test_the_side_is_the_same_whatever_a_process_draws_itself():
+    found = []
+    for seed in (1, 2):
+        side = OneSide(UniformShifted(5.0), BOUNDARY, torch.Generator().manual_seed(0))
+        own = torch.Generator().manual_seed(seed)
+        found.append(torch.stack([side.sample(2, own) for _ in range(50)]))
+    sides = [time_of_angle(angles) >= BOUNDARY for angles in found]
+    assert torch.equal(*sides) and not torch.equal(*found)
+    assert sides[0].any() and not sides[0].all()

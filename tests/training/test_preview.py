@@ -27,6 +27,7 @@ from turbodit.training import rcm
 from turbodit.training.checkpoint import TrainState
 from turbodit.training.config import RCMConfig, TrainConfig
 from turbodit.training.ema import PowerEMA
+from turbodit.training.networks import Experts
 from turbodit.training.preview import Preview
 from turbodit.training.setup import Run
 
@@ -183,3 +184,15 @@ def test_slas_sampler_is_guided(teacher, tmp_path, monkeypatch):
     train(sla_config(teacher, tmp_path, prompts=PROMPTS[:1], sample_every=1, steps=1))
     conditional, unconditional = texts
     assert not torch.equal(conditional, unconditional)
+
+
+def test_two_experts_share_a_samples_steps(folder, tmp_path, monkeypatch):
+    two = tiny_teacher(folder, "t2v-a14b")
+    asked = spy(monkeypatch, Experts, "at")
+    config = rcm_config(
+        two, tmp_path, method="scm", steps=1, ema=(0.1,), sample_every=1, prompts=PROMPTS[:1]
+    )
+    train(config)
+    sampled = [experts.at(t) is experts.high_noise for experts, t in asked[-8:]]
+    assert sampled == [True, True, False, False] * 2, "the student's and its average's"
+    assert len(list((tmp_path / "samples").glob("*.mp4"))) == 2

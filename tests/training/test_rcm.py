@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from tests.training.tiny_training import (
     column,
     log_of,
@@ -20,10 +22,13 @@ from tests.training.tiny_training import (
 )
 
 from turbodit.checkpoints import load_transformer
+from turbodit.distributed import Mesh
 from turbodit.model.wan import WanModel
 from turbodit.noise_schedule import few_step_times
+from turbodit.pipeline import Pipeline
 from turbodit.training import losses, rcm, sla
 from turbodit.training.data import LatentDataset
+from turbodit.training.networks import Experts
 
 LINEAR_BRANCH = "proj_l"
 
@@ -44,8 +49,18 @@ def ti2v(folder):
 
 
 @pytest.fixture(scope="module")
+def image(folder):
+    return tiny_teacher(folder, "i2v")
+
+
+@pytest.fixture(scope="module")
 def two_experts(folder):
     return tiny_teacher(folder, "t2v-a14b")
+
+
+@pytest.fixture(scope="module")
+def two_image_experts(folder):
+    return tiny_teacher(folder, "i2v-a14b")
 
 
 @pytest.fixture
@@ -215,6 +230,21 @@ def test_given_first_frames_are_masked_everywhere(logs, ti2v, tmp_path, monkeypa
     assert all((t[:, 0] == 0).all() and (t[:, 1:] > 0).all() for t in times)
 
 
+def test_clip_features_and_channels_reach_every_network(logs, image, tmp_path, monkeypatch):
+    """Of a teacher that takes an image: in both of rCM's updates, in every pass."""
+    asked = spy(monkeypatch, WanModel, "forward")
+    config = rcm_config(image, tmp_path, warmup=0, steps=2)
+    rcm.train(config)
+    assert which(config) == ["scm+dmd", "fak"]
+    assert column(config, "student_skipped") == column(config, "fake_skipped") == [0]
+    assert len({id(model) for model, *_ in asked}) == 3
+    features = [args[-1] for args in asked]
+    channels = [latents[:, 16:].float() for _, latents, *_ in asked]
+    for seen in (features, channels):
+        batches = {tuple(x.flatten().tolist()) for x in seen}
+        assert len(batches) == 2, "those of an update's batch"
+
+
 def test_a_joint_student_is_sparse(teacher, tmp_path):
     config = rcm_config(teacher, tmp_path, joint_ratio=0.25, steps=4, lr=1e-2)
     rcm.train(config)
@@ -291,6 +321,147 @@ def test_an_expert_sees_its_own_times(logs, two_experts, tmp_path, monkeypatch, 
 def test_an_expert_has_no_roll_out(logs, two_experts, tmp_path):
     with pytest.raises(ValueError, match="one expert trains with method scm, got rcm"):
         rcm.train(rcm_config(two_experts, tmp_path, expert="low-noise"))
+
+
+# Two experts in one run
+
+
+class Update(NamedTuple):
+    """What happened until an optimizer's step.
+
+    Attributes:
+        name: of the network that it is of.
+        passes: (expert, whether there was a gradient, times) of each pass, in order.
+        graded, changed: experts with gradients; with other weights after the step.
+    """
+
+    name: str
+    passes: list[tuple[str, bool, torch.Tensor]]
+    graded: set[str]
+    changed: set[str]
+
+
+@pytest.fixture
+def updates(monkeypatch) -> list[Update]:
+    """Of a run, as they come; each looked at whether its experts see times of their own."""
+    found: list[Update] = []
+    passes: list[tuple[str, bool, torch.Tensor]] = []
+    expert_at, update = Experts.at, rcm.Session.update
+
+    def noted_at(self, t):
+        expert = expert_at(self, t)
+        name = "high" if expert is self.high_noise else "low"
+        assert ((t >= self.boundary) == (name == "high")).all()
+        passes.append((name, torch.is_grad_enabled(), t.detach().clone()))
+        return expert
+
+    def noted_update(self, name, average_step=None):
+        model = self.state.models[name]
+        before = weights_of(model)
+        graded = experts_of(name for name, p in model.named_parameters() if p.grad is not None)
+        update(self, name, average_step)
+        changed = {n for n, p in model.named_parameters() if not torch.equal(before[n], p)}
+        found.append(Update(name, list(passes), graded, experts_of(changed)))
+        passes.clear()
+
+    monkeypatch.setattr(Experts, "at", noted_at)
+    monkeypatch.setattr(rcm.Session, "update", noted_update)
+    return found
+
+
+def experts_of(names) -> set[str]:
+    return {name.partition("_")[0] for name in names}
+
+
+def with_gradient(update: Update) -> list[str]:
+    return [expert for expert, graded, _ in update.passes if graded]
+
+
+@pytest.mark.parametrize("method", ["scm", "dmd", "rcm"])
+def test_gradients_reach_the_experts_that_worked(logs, two_experts, tmp_path, updates, method):
+    """sCM's own; DMD's that of the last step; the other one stays as it is, without decay."""
+    config = rcm_config(two_experts, tmp_path, method=method, warmup=0, steps=8)
+    rcm.train(config)
+    assert len(updates) == 8
+    for update in updates:
+        assert update.graded == update.changed == set(with_gradient(update)), update.name
+        expected = 2 if (method, update.name) == ("rcm", "student") else 1
+        assert len(with_gradient(update)) == expected
+    assert set.union(*(update.graded for update in updates)) == {"high", "low"}
+    assert all(norm > 0 for norm in column(config, "student_gradient_norm"))
+
+
+def test_a_roll_out_passes_from_one_expert_to_the_other(logs, two_experts, tmp_path, updates):
+    rcm.train(rcm_config(two_experts, tmp_path, method="dmd", steps=8, fixed_times=True))
+    # t of atan(80), 1.5, 1.4, 1.0: 0.99, 0.93, 0.85, 0.61
+    path = ["high", "high", "low", "low"]
+    for number, update in enumerate(updates):
+        taken = [expert for expert, *_ in update.passes]
+        steps = 1 + number // 2
+        assert taken[:steps] == path[:steps]
+        after = taken[steps:]
+        assert len(after) == (3 if update.name == "student" else 1) and len(set(after)) == 1
+
+
+def test_all_processes_ask_the_same_experts(logs, two_experts, tmp_path, monkeypatch, updates):
+    """At their own noise levels, but in roll-outs, whose times decide."""
+    monkeypatch.setattr(Mesh, "data_count", 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(Mesh, "data_rank", rank)
+        rcm.train(rcm_config(two_experts, tmp_path / str(rank), warmup=0, steps=6, rollout_steps=2))
+    passes = [
+        [one for update in half for one in update.passes] for half in (updates[:6], updates[6:])
+    ]
+    asked, times = ([[one[place] for one in own] for own in passes] for place in (0, 2))
+    assert asked[0] == asked[1] and set(asked[0]) == {"high", "low"}
+    assert not all(torch.equal(*both) for both in zip(*times, strict=True))
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_both_experts_are_written_and_generate(request, tmp_path, task):
+    """Each where a pipeline looks for it; after updates of next to nothing it is its teacher's."""
+    name = {"t2v": "two_experts", "i2v": "two_image_experts"}[task]
+    teacher = request.getfixturevalue(name)
+    config = rcm_config(teacher, tmp_path, warmup=0, steps=2, lr=1e-9, ema=(0.1,))
+    rcm.train(config)
+    assert which(config) == ["scm+dmd", "fak"]
+    for entry in log_of(config):
+        assert not [name for name in entry if name.startswith("nan/")]
+    folders = [tmp_path / "transformer", tmp_path / "transformer_2"]
+    for folder in folders:
+        wanted = load_transformer(Path(teacher["model"], folder.name), dtype=torch.bfloat16)
+        found = weights(folder)
+        for key, tensor in wanted.state_dict().items():
+            torch.testing.assert_close(found[key], tensor.float(), rtol=0, atol=1e-6)
+    pipe = Pipeline.from_pretrained(teacher["model"], transformer=folders, device="cpu")
+    image = {"i2v": Image.new("RGB", (64, 64), "red"), "t2v": None}[task]
+    video = pipe("a red fox", width=64, height=64, frames=5, image=image)
+    assert video.frames.shape == (5, 64, 64, 3)
+    assert (video.settings["solver"], video.settings["steps"]) == ("few-step", 4)
+
+
+def test_both_experts_go_on_bit_by_bit(two_experts, tmp_path):
+    shared = {"warmup": 0, "ema": (0.1,)}
+    whole = rcm_config(two_experts, tmp_path / "whole", steps=4, **shared)
+    rcm.train(whole)
+    for steps in (2, 4):
+        stopped = rcm_config(two_experts, tmp_path / "stopped", steps=steps, **shared)
+        rcm.train(stopped)
+    assert log_of(stopped) == log_of(whole)
+    for name in ("transformer", "transformer_2"):
+        found, wanted = weights(stopped.out / name), weights(whole.out / name)
+        assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+
+
+def test_both_experts_train_with_sparse_attention(two_experts, tmp_path):
+    config = rcm_config(two_experts, tmp_path, method="scm", joint_ratio=0.25, steps=1)
+    rcm.train(config)
+    for name in ("transformer", "transformer_2"):
+        stated = json.loads((tmp_path / name / "config.json").read_text())
+        assert stated["attention"] == "sla" and stated["attention_settings"]["ratio"] == 0.25
+
+
+# What goes wrong
 
 
 def test_a_broken_sample_is_left_out_and_counted(teacher, tmp_path, monkeypatch):

@@ -167,6 +167,15 @@ def test_the_ratio_goes_down(logs, teacher, tmp_path, monkeypatch):
     assert kept == [blocks for blocks in (6, 4, 3, 2, 1, 1) for _ in range(2)]
 
 
+def test_the_order_of_tokens_is_stated_where_it_is_not_wans(teacher, tmp_path):
+    sla.train(sla_config(teacher, tmp_path, ratio=0.3, token_order="hwt", steps=1))
+    config = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    assert config["attention_settings"]["token_order"] == "hwt"
+    settings = config["attention_settings"]
+    model = load_transformer(tmp_path / "transformer", attention="sla", attention_settings=settings)
+    assert is_student(model) and model.token_order == "hwt"
+
+
 @pytest.mark.parametrize("variant", ["released", "paper"])
 def test_what_is_exported_says_how_it_attends(teacher, tmp_path, variant):
     sla.train(sla_config(teacher, tmp_path, ratio=0.3, variant=variant, steps=1))

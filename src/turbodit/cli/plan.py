@@ -24,7 +24,7 @@ def _flag(metavar: str) -> Any:
 
 INFERENCE = ("linear", "residual", "no_graph")
 TRAINING = ("gpus", "context_parallel", "fsdp", "batch", "part", "rank", "checkpointing",
-            "master_weights")  # fmt: skip
+            "master_weights", "both_experts")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class PlanCommand:
     """Which activations are computed again: none, selective or block (the default)."""
     master_weights: Switch = False
     """Weights stored in float32."""
+    both_experts: Switch = False
+    """Of a model that has two, both in one run of rcm; otherwise one."""
 
     json: Switch = False
     """Print the result as JSON."""

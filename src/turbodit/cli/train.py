@@ -6,7 +6,7 @@ The recipe gives every flag its default, so it is looked up before the flags are
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -84,11 +84,9 @@ def train_command(arguments: Sequence[str]) -> Any:
     Raises:
         ValueError: an unknown recipe.
     """
-    name = _recipe_in(arguments) if arguments[:1] == ["train"] else DEFAULT_RECIPE
-    if name not in SLA:
-        raise ValueError(f"unknown recipe {name!r}; supported: {', '.join(SLA)}")
-    sla = TrainSLA(SLA[name](), name)
-    rcm = TrainRCM(RCM[name](), name)
+    sla_name, rcm_name = _recipe("sla", SLA, arguments), _recipe("rcm", RCM, arguments)
+    sla = TrainSLA(SLA[sla_name](), sla_name)
+    rcm = TrainRCM(RCM[rcm_name](), rcm_name)
     return Annotated[
         Annotated[TrainSLA, subcommand("sla", default=sla)]
         | Annotated[TrainRCM, subcommand("rcm", default=rcm)],
@@ -166,7 +164,18 @@ def _plan(config: TrainConfig, method: str) -> Plan:
         part=getattr(config, "train", "full"),
         checkpointing=config.checkpointing,
         master_weights=config.master_weights,
+        both_experts=model.experts == 2 and config.expert is None,
     ).plan()
+
+
+def _recipe(method: str, recipes: Collection[str], arguments: Sequence[str]) -> str:
+    """The recipe's name, if it is this method that is to be run."""
+    if list(arguments[:2]) != ["train", method]:
+        return DEFAULT_RECIPE
+    name = _recipe_in(arguments)
+    if name not in recipes:
+        raise ValueError(f"unknown recipe {name!r}; supported: {', '.join(recipes)}")
+    return name
 
 
 def _recipe_in(arguments: Sequence[str]) -> str:

@@ -19,7 +19,6 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 from turbodit.model.wan import WanModel
@@ -42,21 +41,19 @@ def checkpoint_blocks(model: WanModel, policy: Policy) -> None:
         raise ValueError(f"unknown policy {policy!r}; supported: {', '.join(get_args(Policy))}")
     if policy == "none":
         return
-    contexts = noop_context_fn
+    options: dict[str, Any] = {}
     if policy == "selective":
-        contexts = partial(create_selective_checkpoint_contexts, _keep_products)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     for block in model.blocks:
         # A partial object, not a closure: a copy of the model then copies the block in it too.
-        block.forward = partial(_run, block.forward, contexts)
+        block.forward = partial(_run, block.forward, options)
 
 
-def _run(forward: Callable[..., torch.Tensor], contexts: Callable[[], Any], *args: Any) -> Any:
+def _run(forward: Callable[..., torch.Tensor], options: dict[str, Any], *args: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args)
     # Blocks draw no random numbers.
-    return checkpoint(
-        forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-    )
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

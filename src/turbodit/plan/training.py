@@ -73,10 +73,11 @@ class Training:
         rank: of a LoRA.
         checkpointing: which activations are computed again.
         master_weights: weights stored in float32.
+        both_experts: both experts of a model that has two, trained in one run; otherwise one is.
 
     Raises:
-        ValueError: an unknown name, sizes that do not divide, or a size of video that the
-            model cannot make.
+        ValueError: an unknown name, sizes that do not divide, a size of video that the model
+            cannot make, or two experts that are not there or not trained in one run.
     """
 
     model: ModelConfig
@@ -94,6 +95,7 @@ class Training:
     checkpointing: Checkpointing = "block"
     master_weights: bool = False
     ratio: float = 0.1
+    both_experts: bool = False
 
     def __post_init__(self) -> None:
         check_size(self.model, self.width, self.height, self.frames)
@@ -107,6 +109,11 @@ class Training:
         for name in ("gpus", "context_parallel", "batch", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.both_experts and (self.model.experts != 2 or self.method != "rcm"):
+            raise ValueError(
+                f"both experts are trained in one run by rcm, of a model that has two; got "
+                f"{self.method} and {self.model.name}, which has {self.model.experts}"
+            )
         self._check_mesh()
         attention_cost(self.student_attention)
 
@@ -130,7 +137,7 @@ class Training:
             f"{self.frames} frames: {self.tokens:,} tokens"
         )
         if self.model.experts == 2:
-            title += ", one expert"
+            title += ", both experts" if self.both_experts else ", one expert"
         return Plan(title, {stage: self.parts()}, {stage: (stage,)}, self.seconds(), NOTES)
 
     def parts(self) -> dict[str, int]:
@@ -195,7 +202,8 @@ class Training:
         return FULL * counts.total if self.master_weights else counts.bytes()
 
     def _shard(self, size: int) -> int:
-        return -(-size // self.shards)
+        """Of what a network has `size` bytes of, of all experts that are trained."""
+        return -(-size * (2 if self.both_experts else 1) // self.shards)
 
     def _gathered(self) -> int:
         """Whole weights of blocks in bfloat16, and a block's gradients there and in float32."""

@@ -12,18 +12,18 @@ from turbodit.training.config import Expert, Method, RCMConfig
 def spritewan() -> RCMConfig:
     """The embedded model: the teacher's 20 steps with guidance in four without."""
     return RCMConfig(
-        model="spritewan",
+        model="spritewan-teacher",
         data=("spriteworld:16",),
         out=Path("runs/spritewan-rcm"),
         steps=4000,
         batch=4,
         lr=5e-5,
-        fake_lr=5e-5,
+        fake_lr=2e-4,
         weight_decay=0.0,
         max_grad_norm=1.0,
         guidance=3.0,
-        warmup=500,
-        student_every=5,
+        warmup=150,
+        student_every=3,
         checkpointing="none",
         log_every=5,
         save_every=200,
@@ -69,7 +69,11 @@ def wan_14b(
     method: Method = "rcm",
     sigma_max: float = 200.0,
 ) -> RCMConfig:
-    """rCM's own for the 14B; good after 3,000 to 4,000 updates."""
+    """rCM's own for the 14B; good after 3,000 to 4,000 updates.
+
+    Args:
+        expert: of a model that has two; None: both in one run.
+    """
     return RCMConfig(
         model=model,
         expert=expert,
@@ -95,8 +99,10 @@ RCM: dict[str, Callable[[], RCMConfig]] = {
     "Wan2.1-I2V-14B-480P": lambda: wan_14b("Wan2.1-I2V-14B-480P"),
     "Wan2.1-I2V-14B-720P": lambda: wan_14b("Wan2.1-I2V-14B-720P"),
     "Wan2.1-FLF2V-14B-720P": lambda: wan_14b("Wan2.1-FLF2V-14B-720P"),
+    "Wan2.2-T2V-A14B": lambda: wan_14b("Wan2.2-T2V-A14B"),
     "Wan2.2-T2V-A14B-high": lambda: wan_14b("Wan2.2-T2V-A14B", "high-noise", "scm"),
     "Wan2.2-T2V-A14B-low": lambda: wan_14b("Wan2.2-T2V-A14B", "low-noise", "scm"),
+    "Wan2.2-I2V-A14B": lambda: wan_14b("Wan2.2-I2V-A14B"),
     "Wan2.2-I2V-A14B-high": lambda: wan_14b("Wan2.2-I2V-A14B", "high-noise", "scm"),
     "Wan2.2-I2V-A14B-low": lambda: wan_14b("Wan2.2-I2V-A14B", "low-noise", "scm"),
     "Wan2.2-TI2V-5B": wan_5b,

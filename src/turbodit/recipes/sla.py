@@ -12,7 +12,7 @@ from turbodit.training.config import Expert, SLAConfig
 def spritewan() -> SLAConfig:
     """The embedded model: on a CPU a first look, on a GPU the one that ships, in minutes."""
     return SLAConfig(
-        model="spritewan",
+        model="spritewan-teacher",
         data=("spriteworld:16",),
         out=Path("runs/spritewan-sla"),
         steps=2000,
@@ -21,6 +21,7 @@ def spritewan() -> SLAConfig:
         weight_decay=0.0,
         max_grad_norm=1.0,
         p_mean=0.7,
+        token_order="hwt",
         checkpointing="none",
         log_every=5,
         save_every=200,

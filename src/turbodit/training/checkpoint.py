@@ -67,6 +67,7 @@ class TrainState:
         optimizers: of the models of the same names.
         averages: of weights.
         generators: of random numbers, beside those of torch, NumPy and Python themselves.
+        common: such generators that are alike in all processes.
         data: the reader of this process's samples.
         step: number of updates so far.
     """
@@ -75,6 +76,7 @@ class TrainState:
     optimizers: Mapping[str, torch.optim.Optimizer]
     averages: Mapping[str, PowerEMA] = field(default_factory=dict)
     generators: Mapping[str, torch.Generator] = field(default_factory=dict)
+    common: Mapping[str, torch.Generator] = field(default_factory=dict)
     data: Stateful | None = None
     step: int = 0
 
@@ -175,6 +177,8 @@ class Checkpoints:
             _fill(
                 optimizer, f"optimizers.{name}.", state.models[name], tensors, own["groups"][name]
             )
+        for name, generator in state.common.items():
+            generator.set_state(own["common"][name])
         state.step = own["step"]
         if own["mesh"] == self._mesh_sizes:
             self._restore(state, own)
@@ -211,6 +215,7 @@ class Checkpoints:
             },
             "random": _random_state(self.mesh.device),
             "generators": {name: g.get_state() for name, g in state.generators.items()},
+            "common": {name: g.get_state() for name, g in state.common.items()},
             "data": None if state.data is None else state.data.state_dict(),
         }
 

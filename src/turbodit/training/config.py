@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from turbodit.config import ModelConfig
+from turbodit.config import ModelConfig, TokenOrder
 
 Part = Literal["full", "attention", "proj_l", "lora"]
 Checkpointing = Literal["none", "block", "selective"]
@@ -25,7 +25,8 @@ class TrainConfig:
     Attributes:
         model: preset, folder or Hub id of the teacher, whose VAE and text encoder the data's are.
         transformer: other weights for the teacher: a file or folder. None: the model's own.
-        expert: of a two-expert model, the one that is trained, on its own range of times.
+        expert: of a two-expert model, the one that is trained, on its own range of times. None:
+            both in one run, where the method can.
         data: folders or patterns of shards (`turbodit synthesize`, `turbodit encode`).
         out: folder of the run: checkpoints, log, samples, and at the end `transformer/`.
         steps: updates of all networks, in all.
@@ -122,6 +123,7 @@ class SLAConfig(TrainConfig):
         variant: "released" or "paper" (`attention.sla`).
         block_q, block_k: rows of attention blocks. None: the model's own, or 64 here and what
             suits the device in inference.
+        token_order: which tokens a block has side by side (`model.layers.patchify`).
         p_mean, p_std: sigma = exp(n), n normal with these.
     """
 
@@ -134,6 +136,7 @@ class SLAConfig(TrainConfig):
     variant: Variant = "released"
     block_q: int | None = None
     block_k: int | None = None
+    token_order: TokenOrder = "thw"
     p_mean: float = 1.5
     p_std: float = 1.6
 
@@ -150,14 +153,12 @@ class SLAConfig(TrainConfig):
 
     def attention_settings(self, model: ModelConfig) -> dict[str, object]:
         """Of the "sla" back-end; what is left to it is not among them."""
-        settings: dict[str, object] = {"ratio": self.ratio, "variant": self.variant}
-        own = model.attention_blocks or (None, None)
-        for name, given, default in (
-            ("block_q", self.block_q, own[0]),
-            ("block_k", self.block_k, own[1]),
-        ):
-            if (rows := given or default) is not None:
+        settings = {"ratio": self.ratio, "variant": self.variant, **model.block_settings}
+        for name in ("block_q", "block_k"):
+            if (rows := getattr(self, name)) is not None:
                 settings[name] = rows
+        if self.token_order != "thw":
+            settings["token_order"] = self.token_order
         return settings
 
 
@@ -221,11 +222,30 @@ class RCMConfig(TrainConfig):
             raise ValueError(f"rollout_steps must be from 1 to 4, got {self.rollout_steps}")
 
     def check_model(self, model: ModelConfig) -> None:
-        """As `TrainConfig.check_model`; one expert of two cannot roll out from pure noise to clean
-        latents, which DMD needs, and its intervals would end in the other's range."""
+        """As `TrainConfig.check_model`, but two experts may be trained in one run.
+
+        One of them alone cannot roll out from pure noise to clean latents, which DMD needs, and its
+        intervals would end in the other's range.
+        """
+        if model.experts == 2 and self.expert is None:
+            self._check_both()
+            return
         super().check_model(model)
         if self.expert is not None and self.method != "scm":
             raise ValueError(f"one expert trains with method scm, got {self.method}")
+
+    def _check_both(self) -> None:
+        """Raise a ValueError unless two experts can be trained in one run."""
+        both = "both experts in one run"
+        if self.method == "dcm" or (self.uses_consistency and self.tangent != "exact"):
+            raise ValueError(
+                f"an interval and a difference may reach over the boundary: {both} train with "
+                f"methods rcm and scm with tangent exact, and dmd; got {self.method} with "
+                f"{self.tangent}"
+            )
+        for name in ("transformer", "student"):
+            if (given := getattr(self, name)) is not None:
+                raise ValueError(f"{both} begin with the model's own weights, got {name} {given}")
 
     @property
     def uses_consistency(self) -> bool:

@@ -1,5 +1,10 @@
 """The DiT as losses see it: a function of latents and time, with a batch's conditions inside.
 
+Wan 2.2's two experts are one network (`Experts`) where both are trained in one run. Which of them
+works, the time says, and it is the same one for all samples of a pass and in all processes, whose
+exchanges would not meet otherwise. So the noise levels of a pass are on one side of the boundary
+(`OneSide`).
+
 Shapes: B samples; C latent channels; T, H, W latent frames, height, width.
 """
 
@@ -9,9 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
+from turbodit.model.wan import WanModel
 from turbodit.training.data import Batch
 from turbodit.training.losses import Network
+from turbodit.training.times import Angles, Within, time_of_angle
 
 Forward = Callable[..., torch.Tensor]
 
@@ -106,3 +114,60 @@ def guided(conditional: Network, unconditional: Network, guidance: float) -> Net
         return v_u + guidance * (conditional(latents, t) - v_u)
 
     return velocity
+
+
+class Experts(nn.Module):
+    """Wan 2.2's two experts as one network with the parameters of both.
+
+    Args:
+        high_noise, low_noise: what works at rectified-flow times from `boundary` on, and below it.
+    """
+
+    def __init__(self, high_noise: WanModel, low_noise: WanModel, boundary: float) -> None:
+        super().__init__()
+        self.high_noise, self.low_noise, self.boundary = high_noise, low_noise, boundary
+
+    def at(self, t: torch.Tensor) -> WanModel:
+        """The expert for rectified-flow times t, of any shape.
+
+        Raises:
+            ValueError: there are times for both.
+        """
+        sides = set((t >= self.boundary).flatten().tolist())
+        if len(sides) != 1:
+            raise ValueError(
+                f"one pass is one expert's: got times on both sides of {self.boundary}, "
+                f"{t.flatten().tolist()}"
+            )
+        return self.high_noise if sides.pop() else self.low_noise
+
+    def by_folder(self) -> dict[str, WanModel]:
+        """Both, by the names of their folders in diffusers' layout."""
+        return {"transformer": self.high_noise, "transformer_2": self.low_noise}
+
+
+Transformer = WanModel | Experts
+
+
+@dataclass(frozen=True)
+class OneSide:
+    """A distribution of angles, drawn so that all angles of a batch are for one of two experts.
+
+    The side of the boundary is drawn first, with the share of the distribution that it has, then
+    the angles on it. Each angle alone has the distribution, so that a mean over the batch has the
+    expectation that it has for independent angles.
+
+    Attributes:
+        boundary: rectified-flow time from which on the high-noise expert works.
+        common: draws the side; alike in all processes.
+    """
+
+    distribution: Angles
+    boundary: float
+    common: torch.Generator
+
+    def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """See `training.times.Angles`."""
+        t = time_of_angle(self.distribution.sample(1, self.common)).item()
+        low, high = (self.boundary, 1.0) if t >= self.boundary else (0.0, self.boundary)
+        return Within(self.distribution, low, high).sample(count, generator)

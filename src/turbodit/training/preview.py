@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from turbodit.model.wan import WanModel
 from turbodit.sampling import Velocity, gaussian_noise
 from turbodit.training.checkpoint import TrainState
 from turbodit.training.log import TrainLog
+from turbodit.training.networks import Transformer
 from turbodit.training.setup import Run
 from turbodit.vae import VideoVAE, to_frames
 
@@ -47,14 +47,14 @@ class Preview:
 
     def __call__(self, log: TrainLog, state: TrainState) -> None:
         student = state.models["student"]
-        assert isinstance(student, WanModel)
+        assert isinstance(student, Transformer)
         self.show(log, state.step, "student", student)
         for name, average in state.averages.items():
             with average.applied(student):
                 self.show(log, state.step, f"average-{name}", student)
 
     @torch.no_grad()
-    def show(self, log: TrainLog, step: int, name: str, model: WanModel) -> None:
+    def show(self, log: TrainLog, step: int, name: str, model: Transformer) -> None:
         """Sample `model` and add the videos to the log."""
         generators = [torch.Generator().manual_seed(n) for n in range(len(self.context))]
         noise = gaussian_noise(self.shape, generators, self.run.mesh.device)
@@ -65,7 +65,7 @@ class Preview:
         if self.run.mesh.is_first:
             log.videos(step, name, self._decode(latents), self.run.model.fps)
 
-    def _velocity(self, model: WanModel, context: torch.Tensor) -> Velocity:
+    def _velocity(self, model: Transformer, context: torch.Tensor) -> Velocity:
         forward = self.run.forward(model)
 
         def velocity(latents: torch.Tensor, t: float) -> torch.Tensor:

@@ -8,6 +8,7 @@ samples sharp. Updates come in turns: `RCMConfig.updates_student`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -23,11 +24,18 @@ from turbodit.training.config import RCMConfig
 from turbodit.training.data import Batch
 from turbodit.training.ema import PowerEMA
 from turbodit.training.losses import Network
-from turbodit.training.networks import Conditions, conditions_of, guided
+from turbodit.training.networks import (
+    Conditions,
+    OneSide,
+    Transformer,
+    conditions_of,
+    guided,
+)
 from turbodit.training.preview import Preview, Sampler
 from turbodit.training.session import Session
 from turbodit.training.setup import Run, open_run
 from turbodit.training.times import (
+    Angles,
     Intervals,
     LogNormal,
     UniformShifted,
@@ -45,7 +53,8 @@ SAMPLE_STEPS = 4  # of the validation samples, and what the export states
 
 
 def train(config: RCMConfig) -> None:
-    """Distil, or go on, until `config.steps` updates are done; then write `<out>/transformer`.
+    """Distil, or go on, until `config.steps` updates are done; then write `<out>/transformer`, and
+    of two experts the second to `<out>/transformer_2`.
 
     Raises:
         ValueError, FileNotFoundError: a configuration, data or model that does not fit.
@@ -66,6 +75,7 @@ def train(config: RCMConfig) -> None:
             optimizers,
             averages={f"{rate:g}": PowerEMA(student, rate) for rate in config.ema},
             generators={"noise": distillation.generator},
+            common={} if distillation.common is None else {"experts": distillation.common},
             data=data,
         )
         preview = Preview.of(run, _sampler(config), data.latent_shape)
@@ -83,21 +93,29 @@ def train(config: RCMConfig) -> None:
                         distillation.fake_backward(next(batches), session)
                     session.update("fake")
                 session.advance()
-            source = config.student or run.source
-            session.export({**stated_use(source), **_stated(config, run.model)})
+            sources = run.sources if config.student is None else (config.student,)
+            session.export({**run.folder.stated(sources), **_stated(config, run.model)})
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """The networks, and the gradients that a batch leaves in them."""
+    """The networks, and the gradients that a batch leaves in them.
+
+    Attributes:
+        fake: None without DMD.
+        negative: (1, text_len, text_dim).
+        generator: of noise and times.
+        common: of two experts, what decides which of them works.
+    """
 
     run: Run
     config: RCMConfig
-    student: WanModel
-    teacher: WanModel
-    fake: WanModel | None
-    negative: torch.Tensor  # (1, text_len, text_dim)
+    student: Transformer
+    teacher: Transformer
+    fake: Transformer | None
+    negative: torch.Tensor
     generator: torch.Generator
+    common: torch.Generator | None
 
     @classmethod
     def of(cls, run: Run, config: RCMConfig) -> Distillation:
@@ -109,19 +127,25 @@ class Distillation:
         attention, settings = "sdpa", None
         if config.joint_ratio is not None:
             attention, settings = "sla", joint_settings(config, run.model)
-        student = run.spread(run.trained(config.student or run.source, attention, settings))
-        fake = run.spread(run.trained(run.source)) if config.uses_dmd else None
+
+        def new_student(source: Path) -> WanModel:
+            return run.spread(run.trained(config.student or source, attention, settings))
+
+        def new_fake(source: Path) -> WanModel:
+            return run.spread(run.trained(source))
+
         negative = config.negative_prompt
         if negative is None:
             negative = run.model.sampling.negative_prompt
         return cls(
             run,
             config,
-            student.train(),
-            run.frozen(run.source),
-            fake,
+            run.network(new_student).train(),
+            run.network(run.frozen),
+            run.network(new_fake) if config.uses_dmd else None,
             run.encode_text([negative]),
             run.generator(),
+            None if run.boundary is None else run.common_generator(),
         )
 
     def student_backward(self, batch: Batch, session: Session) -> None:
@@ -142,7 +166,7 @@ class Distillation:
         latents, conditions = self._conditions(batch)
         student = conditions.network(self.run.forward(self.student))
         x0 = self._rollout(student, latents, session, with_gradient=False)
-        s = UniformShifted(self.config.shift).sample(len(x0), self.generator)
+        s = self._angles(UniformShifted(self.config.shift)).sample(len(x0), self.generator)
         fake = conditions.network(self.run.forward(self.fake))
         mask = conditions.mask(latents)
         loss = losses.fake_score(fake, x0, self._noise(latents), s, mask)
@@ -163,8 +187,7 @@ class Distillation:
             found = losses.dcm(student, teacher, x0, noise, t, t_next, mask)
             session.metrics.add_by_time("dcm_loss", found.per_sample, t)
             return found.loss
-        times = Within(LogNormal(config.p_mean, config.p_std), *self.run.times)
-        s = times.sample(len(x0), self.generator)
+        s = self._angles(LogNormal(config.p_mean, config.p_std)).sample(len(x0), self.generator)
         loss = losses.scm(
             student,
             teacher,
@@ -191,7 +214,7 @@ class Distillation:
     ) -> torch.Tensor:
         assert self.fake is not None
         x0 = self._rollout(student, latents, session, with_gradient=True)
-        s = UniformShifted(self.config.shift).sample(len(x0), self.generator)
+        s = self._angles(UniformShifted(self.config.shift)).sample(len(x0), self.generator)
         loss = losses.dmd(
             x0,
             conditions.network(self.run.forward(self.fake)),
@@ -214,13 +237,21 @@ class Distillation:
         if config.fixed_times:
             times = few_step_times(steps, config.sigma_max)
         else:
-            times = random_rollout_times(steps, UniformShifted(config.shift), self.generator)
+            generator = self.common or self.generator
+            times = random_rollout_times(steps, UniformShifted(config.shift), generator)
         seeds = torch.randint(
             2**62, (len(latents),), generator=self.generator, device=latents.device
         )
         generators = [torch.Generator(latents.device).manual_seed(n) for n in seeds.tolist()]
         noise = self._noise(latents)
         return losses.rollout(student, noise, times, generators, with_gradient=with_gradient)
+
+    def _angles(self, distribution: Angles) -> Angles:
+        """Those that are trained: one expert's own, or all of a batch's one expert's."""
+        if self.common is None:
+            return Within(distribution, *self.run.times)
+        assert self.run.boundary is not None
+        return OneSide(distribution, self.run.boundary, self.common)
 
     def _guided_teacher(self, conditions: Conditions) -> Network:
         conditional = conditions.network(self.run.forward(self.teacher))
@@ -252,9 +283,7 @@ def _sampler(config: RCMConfig) -> Sampler:
 def joint_settings(config: RCMConfig, model: ModelConfig) -> dict[str, object]:
     """Of the "sla" back-end that is trained together with few steps: what the student's files
     state, at the ratio asked for."""
-    settings: dict[str, object] = {}
-    if model.attention_blocks is not None:
-        settings |= dict(zip(("block_q", "block_k"), model.attention_blocks, strict=True))
+    settings = model.block_settings
     if config.student is not None:
         settings |= stated_use(config.student).get(SETTINGS, {})
     return settings | {"ratio": config.joint_ratio}

@@ -16,6 +16,7 @@ from turbodit.distributed import gradient_norm
 from turbodit.model.wan import WanModel
 from turbodit.training.checkpoint import Checkpoints, TrainState, export_transformer
 from turbodit.training.log import Metrics, TrainLog
+from turbodit.training.networks import Experts
 from turbodit.training.parameters import LoRA, save_lora
 from turbodit.training.setup import Run
 
@@ -112,24 +113,33 @@ class Session:
 
     def export(self, stated: Mapping[str, Any], lora: LoRA | None = None) -> None:
         """Write the student, its first average if it has one: the whole of it to
-        `<out>/transformer`, or a LoRA alone to `<out>/lora.safetensors`.
+        `<out>/transformer`, the second of two experts to `<out>/transformer_2`; or a LoRA alone to
+        `<out>/lora.safetensors`.
 
         Args:
             stated: of how it is to be used (`checkpoints.stated`).
             lora: that was trained.
         """
         student = self.state.models["student"]
-        assert isinstance(student, WanModel)
         averages = list(self.state.averages.values())
         with averages[0].applied(student) if averages else nullcontext():
             if lora is None:
-                folder, dtype = self.config.out / "transformer", torch.bfloat16
-                export_transformer(student, folder, self.run.mesh, dtype, stated)
+                for name, network in _by_folder(student).items():
+                    folder, dtype = self.config.out / name, torch.bfloat16
+                    export_transformer(network, folder, self.run.mesh, dtype, stated)
                 return
             trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
             whole = {name: _whole(p) for name, p in trained.items()}
             if self.run.mesh.is_first:
                 save_lora(whole, lora, self.config.out / "lora.safetensors", "diffusers", stated)
+
+
+def _by_folder(student: nn.Module) -> dict[str, WanModel]:
+    """Its networks, by the folders that they are written to."""
+    if isinstance(student, Experts):
+        return student.by_folder()
+    assert isinstance(student, WanModel)
+    return {"transformer": student}
 
 
 def _whole(x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from turbodit.checkpoints import ModelFolder, find_model, load_transformer
 from turbodit.config import ModelConfig
@@ -28,6 +29,7 @@ from turbodit.text_encoder import TextEncoder, clean_prompt
 from turbodit.training.compiled import compile_blocks
 from turbodit.training.config import TrainConfig
 from turbodit.training.data import LatentDataset
+from turbodit.training.networks import Experts, Transformer
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Run:
         folder: the teacher's files.
         model: the teacher's preset or description.
         dtype: of the matrix products.
-        source: the teacher's transformer; for two experts, that of the one trained.
+        source: the teacher's transformer; of two experts that of the one trained, or the first.
         times: rectified-flow times that are trained: all, or one expert's.
     """
 
@@ -57,6 +59,16 @@ class Run:
         return self.model.task == "ti2v"
 
     @property
+    def boundary(self) -> float | None:
+        """Between two experts that are trained in one run; None where one network is trained."""
+        return self.model.sampling.boundary if self.config.expert is None else None
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """Of all the teacher's transformers that take part: one, or both experts."""
+        return (self.source,) if self.boundary is None else self.folder.transformers
+
+    @property
     def image_share(self) -> float:
         return self.config.image_share if self.is_image_model else 0.0
 
@@ -64,6 +76,11 @@ class Run:
         """Of noise and times: alike in a context group, different elsewhere."""
         generator = torch.Generator(self.mesh.device)
         return generator.manual_seed((self.config.seed << 20) + self.mesh.data_rank)
+
+    def common_generator(self) -> torch.Generator:
+        """Alike in all processes; on the CPU, so that any number of them can go on with it."""
+        of_no_data_rank = ((self.config.seed + 1) << 20) - 1
+        return torch.Generator().manual_seed(of_no_data_rank)
 
     def same_generator(self) -> torch.Generator:
         """Alike in all processes, on the device where `trained` puts networks."""
@@ -87,6 +104,13 @@ class Run:
             world=mesh.data_count,
         )
 
+    def network(self, make: Callable[[Path], WanModel]) -> Transformer:
+        """What `make` makes of the teacher's transformer; of two experts as one network."""
+        if self.boundary is None:
+            return make(self.source)
+        high_noise, low_noise = (make(source) for source in self.sources)
+        return Experts(high_noise, low_noise, self.boundary)
+
     def frozen(self, source: Path) -> WanModel:
         """A network that is only asked, spread over the mesh."""
         model = self._load(source, self.dtype, "sdpa", None).requires_grad_(False)
@@ -101,20 +125,33 @@ class Run:
 
     def spread(self, model: WanModel) -> WanModel:
         """Over the mesh, compiled and with the checkpointing of the configuration."""
-        if self.config.compile and self.mesh.device.type == "cuda" and self.mesh.size == 1:
-            compile_blocks(model)
         checkpoint_blocks(model, self.config.checkpointing)
+        if self.config.compile and self.mesh.device.type == "cuda" and self.mesh.size == 1:
+            # Around the checkpointing: compiled code reuses buffers, and what is kept from within
+            # it would be written over.
+            compile_blocks(model)
         if self.mesh.size == 1:  # `forward` casts the weights, with less to do than FSDP
             return model.to(self.mesh.device)
         return parallelize(model, self.mesh, self.dtype)
 
-    def forward(self, model: WanModel) -> Callable[..., torch.Tensor]:
-        """`model` with matrix products in the run's dtype, called as it is itself."""
-        casts = self.mesh.size == 1 and model.patch_embedding.weight.dtype != self.dtype
+    def forward(self, model: Transformer) -> Callable[..., torch.Tensor]:
+        """`model`, of two experts that of the times, with matrix products in the run's dtype.
 
-        def call(latents: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+        Called as a WanModel is.
+        """
+
+        def call(
+            latents: torch.Tensor, t: torch.Tensor, *others: torch.Tensor | None
+        ) -> torch.Tensor:
+            network = model.at(t) if isinstance(model, Experts) else model
+            casts = self.mesh.size == 1 and network.patch_embedding.weight.dtype != self.dtype
             with torch.autocast(self.mesh.device.type, self.dtype, enabled=casts):
-                return model(latents.to(self.dtype), *others)
+                velocity = network(latents.to(self.dtype), t, *others)
+            if isinstance(network, FSDPModule) and not torch.is_grad_enabled():
+                # Some weights stay whole for a backward pass, which here does not come: they would
+                # be the old ones after an update, and stand where the shards are looked for.
+                network.reshard()
+            return velocity
 
         return call
 
