@@ -1,4 +1,4 @@
-"""Draws the block maps of a layer of SpriteWan: one square for each head.
+"""Draws the block maps of a layer of SpriteWan's teacher: one square for each head.
 
     python benchmarks/block_map.py --out docs/block-map.png
 
@@ -37,7 +37,7 @@ class Options:
 
 def recorded(options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """q and k (1, L, H, D) of one layer at one step of making a clip."""
-    pipe = Pipeline.from_pretrained("spritewan", device="cpu")
+    pipe = Pipeline.from_pretrained("spritewan-teacher", device="cpu")
     (model,) = pipe.transformers.values()
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
     model.blocks[options.layer].self_attn.attn_op.register_forward_pre_hook(

@@ -1,4 +1,4 @@
-"""What faster modes change in SpriteWan's videos: same prompts, same noise.
+"""What faster modes change in the videos of SpriteWan's teacher: same prompts, same noise.
 
     python benchmarks/quality.py
     python benchmarks/quality.py --device cpu --clips 2 --steps 4   # to see that it runs
@@ -81,7 +81,7 @@ def measured(options: Options) -> Iterator[tuple[str, dict[str, float]]]:
     truth = evaluate.ground_truth(scenes, settings, torch.device(options.device))
     features = judge.predict(truth).features
     for name in dict.fromkeys((BASELINE, *options.modes)):
-        pipe = Pipeline.from_pretrained("spritewan", device=options.device, **MODES[name])
+        pipe = Pipeline.from_pretrained("spritewan-teacher", device=options.device, **MODES[name])
         start = time.monotonic()
         videos = evaluate.from_text(pipe, scenes, options.steps, settings)
         seconds = round(time.monotonic() - start, 1)

@@ -147,11 +147,11 @@ def test_a_perfect_model_of_spriteworld(
 
     monkeypatch.setattr("turbodit.pipeline.Pipeline.from_pretrained", load)
     command = ["eval", "spritewan", "--clips", "4", "--seeds", "2", "--batch", "2", "--steps", "4"]
-    model = ("--model", "spritewan:attention=sdpa-math", "--attention", "sdpa")
+    model = ("--model", "spritewan-teacher:attention=sdpa-math", "--attention", "sdpa")
     assert main([*command, *model, "--device", "cpu", "--json"]) == 0
-    assert loaded == [("spritewan", "sdpa-math")]
+    assert loaded == [("spritewan-teacher", "sdpa-math")]
     numbers = json.loads(capsys.readouterr().out)
-    name = "spritewan:attention=sdpa-math,steps=4"
+    name = "spritewan-teacher:attention=sdpa-math,steps=4"
     assert list(numbers["rows"]) == ["real clips", name]
     row = numbers["rows"][name]
     assert [row[label] for label in ("object", "motion", "background")] == [100, 100, 100]
@@ -175,7 +175,7 @@ def test_a_perfect_model_of_spriteworld(
     [
         (["--clips", "3"], "clips must be at least 4, got 3"),
         (["--model", "spritewan", "spritewan"], "--model names spritewan twice"),
-        (["--model", "spritewan:steps=0"], "steps must be between 1"),
+        (["--model", "spritewan-teacher:steps=0"], "steps must be between 1"),
         (["--model", "spritewan:speed=9"], "unknown option 'speed=9'"),
         (["--model", "nowhere"], "no model 'nowhere'"),
     ],
@@ -230,7 +230,7 @@ def painters(monkeypatch: pytest.MonkeyPatch) -> list[Painter]:
 
 
 def compare(*arguments: str) -> int:
-    models = ("spritewan:steps=3", "spritewan:steps=3,linear=int8-channel")
+    models = ("spritewan-teacher:steps=3", "spritewan-teacher:steps=3,linear=int8-channel")
     return main(["compare", *models, *SMALL, *arguments])
 
 
@@ -247,7 +247,7 @@ def test_two_models_side_by_side(painters, capsys: pytest.CaptureFixture[str]) -
     darker = frames[:, -64:, :64].mean() - frames[:, -64:, -64:].mean()
     assert darker == pytest.approx(20, abs=1.5)
     summary = json.loads(Path("compare/summary.json").read_text())
-    assert summary["left"] == "spritewan:steps=3"
+    assert summary["left"] == "spritewan-teacher:steps=3"
     assert summary["median_seconds"] == {"left": 3.75, "right": 3.75}
     (row,) = summary["videos"]
     assert row["psnr"] == pytest.approx(10 * np.log10(255**2 / 400), abs=0.01)  # before mp4
@@ -258,7 +258,7 @@ def test_two_models_side_by_side(painters, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_other_samplers_are_not_compared_by_pixels(painters) -> None:
-    models = ("spritewan:steps=4", "spritewan:steps=2,solver=few-step")
+    models = ("spritewan-teacher:steps=4", "spritewan:steps=2")
     assert main(["compare", *models, *SMALL, "--prompts", "a fox", "--out", "c"]) == 0
     summary = json.loads(Path("c/summary.json").read_text())
     assert summary["median_seconds"] == {"left": 4.75, "right": 2.75}

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from turbodit.config import PRESETS, TransformerConfig, preset
@@ -55,8 +57,14 @@ def test_preset_names_are_forgiving(name: str) -> None:
     assert preset(name).name == "Wan2.1-T2V-1.3B"
 
 
+def test_the_embedded_teacher_is_spritewan_by_another_name() -> None:
+    teacher = preset("SpriteWan-Teacher")
+    assert teacher.name == "spritewan-teacher"
+    assert replace(teacher, name="spritewan") == preset("spritewan")
+
+
 def test_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown model 'wan3'.*Wan2\.2-TI2V-5B"):
+    with pytest.raises(ValueError, match=r"unknown model 'wan3'.*Wan2\.2-TI2V-5B.*-teacher"):
         preset("wan3")
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +46,24 @@ def test_findings_are_json_and_true(capsys):
 def test_packages_that_are_not_there(monkeypatch):
     monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
     assert doctor.diagnose()["packages"]["no-such-package"] is None
+
+
+def test_embedded_weights_are_those_of_both_models():
+    found = doctor.diagnose()["embedded_model"]
+    assert found["error"] is None
+    parts = ("transformer", "teacher", "vae", "text_encoder")
+    files = [path for part in parts for path in Path(found["path"], part).glob("*.safetensors*")]
+    weights = [path for path in files if path.suffix != ".json"]
+    assert found["weight_bytes"] == sum(path.stat().st_size for path in weights) > 0
+    assert {path.parent.name for path in weights} == set(parts)
+
+
+def test_looking_unpacks_nothing(monkeypatch):
+    def unpacked(folder):
+        raise AssertionError(f"{folder} was unpacked")
+
+    monkeypatch.setattr("turbodit.checkpoints.folder.unpacked", unpacked)
+    assert doctor.diagnose()["embedded_model"]["error"] is None
 
 
 def test_why_there_is_no_gpu(monkeypatch):

@@ -1,4 +1,4 @@
-"""The shipped model, through the loaders and the command line that users' models go through."""
+"""The shipped models, through the loaders and the command line that users' models go through."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from turbodit.checkpoints.folder import EMBEDDED
 from turbodit.cli import main
 from turbodit.config import PRESETS
 from turbodit.pipeline import Pipeline
+from turbodit.quantization import QuantizedLinear
 from turbodit.spritewan.judge import load_judge, score
 from turbodit.spritewan.train_vae import to_signed
 from turbodit.spritewan.world import BACKGROUNDS, HELD_OUT, MOTIONS, OBJECTS, render, scene
 from turbodit.text_encoder import TextEncoder
 from turbodit.vae import VideoVAE
 
-FOLDER = EMBEDDED["spritewan"]
+FOLDER = EMBEDDED["spritewan"].path
 MODEL = PRESETS["spritewan"]
 SHORT = ("--frames", "5", "--steps", "2", "--seed", "3", "--device", "cpu")
 
@@ -49,19 +50,61 @@ def test_files_are_small_enough_for_any_transport() -> None:
     assert sum(sizes) <= 48e6
 
 
-# What it makes.
+# What they make.
 
 
-def test_the_demo_shows_what_its_prompt_says() -> None:
-    pipe = Pipeline.from_pretrained("spritewan", device="cpu")
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_demo_shows_what_its_prompt_says(name: str) -> None:
+    pipe = Pipeline.from_pretrained(name, device="cpu")
     video = pipe("a big red fox runs to the right through the snow", seed=0)
     verdict = load_judge().predict(torch.from_numpy(video.frames).permute(0, 3, 1, 2)[None])
-    assert OBJECTS[verdict.object_logits.argmax()] == "fox"
-    assert MOTIONS[verdict.motion_logits.argmax()] == "moving right"
-    assert BACKGROUNDS[verdict.background_logits.argmax()] == "snow"
+    seen = (
+        OBJECTS[verdict.object_logits.argmax()],
+        MOTIONS[verdict.motion_logits.argmax()],
+        BACKGROUNDS[verdict.background_logits.argmax()],
+    )
+    wanted = ("fox", "moving right", "snow")
+    assert seen == wanted
+
+
+def test_the_default_has_8_bits() -> None:
+    (model,) = Pipeline.from_pretrained(device="cpu").transformers.values()
+    linears = [layer for layer in model.blocks.modules() if isinstance(layer, QuantizedLinear)]
+    assert {layer.format for layer in linears} == {"int8-channel"}
+    assert not any(isinstance(layer, torch.nn.Linear) for layer in model.blocks.modules())
+
+
+def test_the_teacher_is_dense_and_exact() -> None:
+    model = load_transformer(FOLDER / "teacher")
+    assert not any(isinstance(layer, QuantizedLinear) for layer in model.modules())
+    assert not any("proj_l" in name for name in model.state_dict())
 
 
 # The command line.
+
+
+STUDENT = {"weights": "spritewan", "solver": "few-step", "steps": 4, "guidance": 1}
+TEACHER = {"weights": "spritewan-teacher", "solver": "unipc", "steps": 20, "guidance": 3}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), STUDENT),
+        (("--model", "spritewan-teacher"), TEACHER),
+    ],
+    ids=["default", "teacher"],
+)
+def test_settings_that_are_left_out(
+    flags: tuple[str, ...],
+    expected: dict[str, object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small = ["--size", "128*128", "--frames", "5", "--device", "cpu", "--json"]
+    assert main(["generate", "a fox", *flags, *small, "-o", str(tmp_path / "fox.gif")]) == 0
+    (video,) = json.loads(capsys.readouterr().out)["videos"]
+    assert (expected | {"attention": "sdpa"}).items() <= video["settings"].items()
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +136,7 @@ def test_the_clip_says_how_it_was_made(clip: Path) -> None:
         assert (origin["prompt"], origin["seed"]) == ("a large fox runs to the right", 3)
         settings = origin["settings"]
         assert (settings["model"], settings["weights"]) == ("spritewan", "spritewan")
-        assert (settings["steps"], settings["guidance"]) == (2, MODEL.sampling.guidance)
+        assert (settings["solver"], settings["steps"]) == ("few-step", 2)
     assert [record[key] for key in ("frames", "height", "width", "fps")] == [5, 256, 256, 16]
     assert {"text", "denoise", "decode"} <= record["timings"].keys()
 
@@ -154,7 +197,7 @@ def test_transformers_loads_the_text_encoder_and_it_reads_alike() -> None:
 
 
 def test_diffusers_fills_its_transformer_and_it_predicts_alike() -> None:
-    folder = FOLDER / "transformer"
+    (folder,) = EMBEDDED["spritewan-teacher"].transformers
     # Not from_pretrained, which wants accelerate for this class.
     theirs = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder)).eval()
     state = {}
@@ -185,8 +228,9 @@ def test_the_judge_knows_held_out_clips() -> None:
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Path:
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the model's folder that may be broken."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "cache"))
     return Path(shutil.copytree(FOLDER, tmp_path / "copy"))
 
 
@@ -209,8 +253,19 @@ def test_missing_parts_are_named(copy: Path, part: str, capsys: pytest.CaptureFi
     assert f"{copy} has no {part}; found" in capsys.readouterr().err
 
 
+def test_truncated_packed_weights_are_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = sorted((copy / "teacher").glob("*.safetensors.xz"))[0]
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size // 2)
+    flags = ("--model", copy, "--transformer", copy / "teacher", "-o", copy / "fox.mp4")
+    assert generate("a fox", *flags) == 2
+    assert f"{shard} is truncated" in capsys.readouterr().err
+    assert not (copy / "fox.mp4").exists()
+
+
 def test_missing_shards_are_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shard = sorted((copy / "transformer").glob("*.safetensors"))[0]
+    shard = sorted((copy / "teacher").glob("*.safetensors.xz"))[0]
     shard.unlink()
-    assert generate("a fox", "--model", copy, "-o", copy / "fox.mp4") == 2
-    assert f"{shard.name} are missing" in capsys.readouterr().err
+    flags = ("--model", copy, "--transformer", copy / "teacher", "-o", copy / "fox.mp4")
+    assert generate("a fox", *flags) == 2
+    assert f"{shard.stem} are missing" in capsys.readouterr().err

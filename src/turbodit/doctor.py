@@ -15,6 +15,7 @@ from rich.table import Table
 from turbodit import __version__, quantization
 from turbodit.attention import BACKENDS, available
 from turbodit.checkpoints import find_model
+from turbodit.checkpoints.packed import PACKED
 
 PACKAGES = (
     "torch",
@@ -138,13 +139,16 @@ def _linear(device: str) -> dict[str, dict[str, Any]]:
 
 
 def _embedded_model() -> dict[str, Any]:
-    folder = find_model("spritewan")
+    """The student and its teacher, which share all but the transformer."""
+    folder, teacher = find_model("spritewan"), find_model("spritewan-teacher")
     found: dict[str, Any] = {"path": str(folder.path)}
     try:
-        parts = (*folder.transformers, folder.vae, folder.text_encoder, folder.tokenizer)
+        transformers = (*folder.stored_transformers, *teacher.stored_transformers)
+        parts = (*transformers, folder.vae, folder.text_encoder, folder.tokenizer)
     except (FileNotFoundError, ValueError) as error:  # missing, or damaged
         return found | {"error": str(error)}
-    files = [path for part in parts for path in part.glob("*.safetensors")]
+    patterns = ("*.safetensors", PACKED)
+    files = [path for part in parts for pattern in patterns for path in part.glob(pattern)]
     return found | {"error": None, "weight_bytes": sum(path.stat().st_size for path in files)}
 
 
@@ -191,7 +195,8 @@ def _verdicts_table(title: str, kind: str, verdicts: dict[str, dict[str, dict[st
 def _embedded_line(model: dict[str, Any]) -> str:
     if model["error"]:
         return f"incomplete: {model['error']}; install turbodit again"
-    return f"spritewan, {model['weight_bytes'] / 2**20:.1f} MiB of weights in {model['path']}"
+    size = f"{model['weight_bytes'] / 2**20:.1f} MiB of weights in {model['path']}"
+    return f"spritewan and spritewan-teacher, {size}"
 
 
 def _video_line(video: dict[str, Any]) -> str:

@@ -25,15 +25,16 @@ def test_every_stage_has_its_time_cold_and_warm():
     assert "| of it one step |" in report.markdown
 
 
-def test_the_embedded_model_has_its_own_weights(monkeypatch):
+@pytest.mark.parametrize("name", ["spritewan", "spritewan-teacher"])
+def test_the_embedded_models_have_their_own_weights(monkeypatch, name):
     seen = {}
     monkeypatch.setattr(
         e2e.Pipeline, "from_pretrained", lambda name, **options: seen.update(options, name=name)
     )
-    workload = e2e.Workload.of("spritewan")
+    workload = e2e.Workload.of(name)
     e2e.load(workload, CPU, {"attention": "sagesla"})
     # With the settings that its files state, or its preset.
-    assert seen == {"name": "spritewan", "device": CPU, "attention": "sagesla"}
+    assert seen == {"name": name, "device": CPU, "attention": "sagesla"}
 
 
 def test_total_is_of_the_stages_and_the_first_is_apart():

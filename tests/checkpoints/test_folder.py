@@ -199,8 +199,27 @@ def test_no_model_folder(tmp_path: Path) -> None:
     for name in (str(tmp_path / "none"), "./none", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="no model folder at"):
             find_model(name)
-    with pytest.raises(FileNotFoundError, match=r"no model 'wan'.*Wan2\.1-T2V-1\.3B"):
+    with pytest.raises(FileNotFoundError, match=r"no model 'wan'.*Wan2\.1-T2V-1\.3B.*-teacher"):
         find_model("wan")
+
+
+def test_the_embedded_models_share_all_but_the_transformer() -> None:
+    student, teacher = find_model("spritewan"), find_model("SpriteWan-Teacher")
+    assert student.path == teacher.path
+    assert [part.name for part in student.transformers] == ["transformer"]
+    assert [part.name for part in teacher.transformers] == ["teacher"]
+    assert (student.vae, student.text_encoder) == (teacher.vae, teacher.text_encoder)
+    assert teacher.config() == PRESETS["spritewan"]
+    assert replace(student.config(), sampling=teacher.config().sampling) == teacher.config()
+
+
+def test_a_transformer_under_another_name(tmp_path: Path) -> None:
+    path = tiny_diffusers_folder(tmp_path / "model")
+    (path / "transformer").rename(path / "first")
+    folder = ModelFolder(path, transformer_name="first")
+    assert folder.transformers == (path / "first",)
+    with pytest.raises(FileNotFoundError, match="has no other; found first"):
+        _ = ModelFolder(path, transformer_name="other").transformers
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

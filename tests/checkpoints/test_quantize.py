@@ -152,8 +152,8 @@ def test_whole_models(layout: str, variant: str, tmp_path: Path) -> None:
 
 
 def test_models_by_name(tmp_path: Path) -> None:
-    done = quantize_file("spritewan", tmp_path / "out", "int8-block")
-    assert done.transformers == (tmp_path / "out" / "transformer",)
+    done = quantize_file("spritewan-teacher", tmp_path / "out", "int8-block")
+    assert done.transformers == (tmp_path / "out" / "teacher",)
     assert done.bytes_after < 0.6 * done.bytes_before
     with pytest.raises(FileNotFoundError, match="no weights at"):
         quantize_file(tmp_path / "none.safetensors", tmp_path / "other", "int8-block")

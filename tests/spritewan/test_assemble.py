@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,17 @@ from diffusers import UniPCMultistepScheduler
 from tests.tiny_models import tiny_diffusers_folder
 
 from turbodit.checkpoints.folder import EMBEDDED
+from turbodit.checkpoints.packed import pack
 from turbodit.config import PRESETS
 from turbodit.pipeline import Pipeline
 from turbodit.spritewan.assemble import MODEL_INDEX, Options, assemble
 
-PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+SOURCES = {  # sub-folders of what is assembled, and of where it comes from
+    "teacher": "transformer",
+    "vae": "vae",
+    "text_encoder": "text_encoder",
+    "tokenizer": "tokenizer",
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(trained: Path, out: Path) -> Options:
-    return Options(out=out, **{name: trained / name for name in PARTS})
+    return Options(out=out, **{part: trained / name for part, name in SOURCES.items()})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -32,15 +39,21 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_the_folder_holds_the_parts_and_loads(trained: Path, tmp_path: Path) -> None:
+def test_the_folder_holds_the_parts_and_loads(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "spritewan"
     assemble(options(trained, out))
-    for name in PARTS:
-        assert contents(out / name) == contents(trained / name)
+    packed = Path(shutil.copytree(trained / "transformer", tmp_path / "packed"))
+    pack(packed)
+    assert contents(out / "teacher") == contents(packed)
+    for part in ("vae", "text_encoder", "tokenizer"):
+        assert contents(out / part) == contents(trained / part)
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        [*PARTS, "scheduler", "model_index.json"]
+        [*SOURCES, "scheduler", "model_index.json"]
     )
-    pipe = Pipeline.from_pretrained(out, device="cpu")
+    pipe = Pipeline.from_pretrained(out, transformer=out / "teacher", device="cpu")
     assert pipe.model.task == "ti2v"
     video = pipe("a cat", seed=0, width=32, height=32, frames=5, steps=1)
     assert video.frames.shape == (5, 32, 32, 3)
@@ -76,4 +89,4 @@ def test_a_missing_part_is_named_and_the_one_that_is_there_kept(
 
 
 def test_the_embedded_index_is_the_one_written_here() -> None:
-    assert json.loads((EMBEDDED["spritewan"] / "model_index.json").read_text()) == MODEL_INDEX
+    assert json.loads((EMBEDDED["spritewan"].path / "model_index.json").read_text()) == MODEL_INDEX

@@ -17,7 +17,7 @@ from turbodit.spritewan.world import HELD_OUT, render, scene
 from turbodit.training.data import DatasetInfo, LatentDataset
 from turbodit.training.data.shards import sample_key
 
-MODEL = find_model("spritewan").config()
+MODEL = find_model("spritewan-teacher").config()
 
 
 class Encoders:

@@ -40,14 +40,15 @@ def calls(monkeypatch) -> list[tuple]:
 
 
 def test_stages_feed_each_other(calls, tmp_path):
-    options = turbo.Options(tmp_path, sla_steps=7, rcm_minutes=3.0, rcm_lr=5e-4)
+    options = turbo.Options(tmp_path, sla_steps=7, rcm_minutes=3.0)
     assert turbo.build(options) == tmp_path / "turbo"
     assert [call[0] for call in calls] == ["data", "sla", "rcm", "merge", "quantize"]
     (_, data), (_, sla), (_, rcm), merge, quantize = calls
     assert sla.data == rcm.data == (str(data),)
-    assert (sla.steps, sla.minutes, rcm.minutes, rcm.lr, rcm.fake_lr) == (7, None, 3.0, 5e-4, 5e-4)
+    assert (sla.steps, sla.minutes, rcm.steps, rcm.minutes) == (7, None, 2000, 3.0)
     student, tuned = tmp_path / "rcm" / "transformer", tmp_path / "sla" / "transformer"
-    assert merge[1:] == (student, "spritewan", tuned)
+    assert merge[1:] == (student, "spritewan-teacher", tuned)
+    assert sla.model == rcm.model == "spritewan-teacher"
     assert quantize[1:] == (tmp_path / "merged", "int8-channel")
 
 

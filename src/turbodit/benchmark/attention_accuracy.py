@@ -45,10 +45,10 @@ def with_outliers(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def recorded(device: torch.device) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """q, k, v of some layers of SpriteWan at some steps of making a clip."""
+    """q, k, v of some layers of SpriteWan's teacher, which is dense, at some steps of a clip."""
     from turbodit.pipeline import Pipeline
 
-    pipe = Pipeline.from_pretrained("spritewan", device=device)
+    pipe = Pipeline.from_pretrained("spritewan-teacher", device=device)
     (model,) = pipe.transformers.values()
     layers = {0: "first", len(model.blocks) // 2: "middle", len(model.blocks) - 1: "last"}
     seen: dict[int, list[list[torch.Tensor]]] = {index: [] for index in layers}

@@ -26,11 +26,11 @@ from turbodit.benchmark.measure import (
 from turbodit.benchmark.modes import sparse_settings
 from turbodit.benchmark.report import Report, paragraphs, spread, table
 from turbodit.benchmark.workload import Workload, dtype_on, known_images
+from turbodit.checkpoints.folder import EMBEDDED
 from turbodit.pipeline import Pipeline
 from turbodit.random_models import random_pipeline
 from turbodit.video import Video
 
-EMBEDDED = "spritewan"
 PROMPT = "a big red fox runs to the right through the snow"
 STAGES = ("text", "image", "denoise", "decode", "write")
 ROWS = {  # of the table: a stage or a part of one, and what it is called
@@ -63,9 +63,9 @@ class Options:
 
 
 def load(workload: Workload, device: torch.device, build: Mapping[str, Any]) -> Pipeline:
-    """The embedded model with its own weights, any other with random ones."""
-    if workload.model.name == EMBEDDED:
-        return Pipeline.from_pretrained(EMBEDDED, device=device, **build)
+    """The embedded models with their own weights, any other with random ones."""
+    if workload.model.name in EMBEDDED:
+        return Pipeline.from_pretrained(workload.model.name, device=device, **build)
     if build.get("attention") in ("sagesla", "sla", "sparge"):
         own = sparse_settings(workload.model, build["attention"])
         build = {"attention_settings": own, **build}
@@ -133,7 +133,7 @@ def report(
             tell(f"e2e: video {number + 1} of {1 + options.repeats}")
             videos.append(generation(loaded[0], workload, options.request, Path(folder)))
     numbers = workload.summary() | {
-        "weights": "embedded" if workload.model.name == EMBEDDED else "random",
+        "weights": "embedded" if workload.model.name in EMBEDDED else "random",
         "build": dict(options.build),
         "repeats": options.repeats,
         **summary(loading, videos),

@@ -142,9 +142,7 @@ def dense_attention(device: torch.device) -> str:
 
 def sparse_settings(model: ModelConfig, attention: str = "sagesla") -> dict[str, Any]:
     """RATIO, and the model's own block sizes where it has some."""
-    settings: dict[str, Any] = {"ratio": RATIO}
-    if model.attention_blocks is not None:
-        settings |= dict(zip(("block_q", "block_k"), model.attention_blocks, strict=True))
+    settings = {"ratio": RATIO, **model.block_settings}
     return {key: value for key, value in settings.items() if key in BACKENDS[attention].settings}
 
 

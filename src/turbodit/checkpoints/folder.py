@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from turbodit.checkpoints.packed import unpacked
 from turbodit.checkpoints.stated import SAMPLING, Stated, agreed
 from turbodit.checkpoints.transformer import presets_like, stated_use, transformer_config
 from turbodit.config import (
@@ -23,8 +24,6 @@ from turbodit.config import (
 from turbodit.noise_schedule import MID_TIMES
 from turbodit.weights import read_json
 
-EMBEDDED = {"spritewan": Path(__file__).parents[1] / "assets" / "spritewan"}
-
 # Files of the original layout; the experts' folders only in two-expert models.
 VAE_FILES = {"Wan2.1_VAE.pth": VAE_21, "Wan2.2_VAE.pth": VAE_22}
 VAE_CLASS = "AutoencoderKLWan"  # in diffusers' config.json
@@ -40,9 +39,13 @@ class ModelFolder:
 
     Parts are looked up when asked for, so a folder may lack what is not used. Each lookup
     raises FileNotFoundError, naming what is missing and what is there.
+
+    Attributes:
+        transformer_name: sub-folder of the DiT (the first one) in diffusers' layout.
     """
 
     path: Path
+    transformer_name: str = "transformer"
 
     @property
     def layout(self) -> Literal["diffusers", "native"]:
@@ -58,11 +61,19 @@ class ModelFolder:
 
     @property
     def transformers(self) -> tuple[Path, ...]:
-        """The DiT; in two-expert models the high-noise expert, then the low-noise one."""
+        """The DiT; in two-expert models the high-noise expert, then the low-noise one.
+
+        Packed ones are unpacked (`checkpoints.packed`, which see for more errors).
+        """
+        return tuple(unpacked(part) for part in self.stored_transformers)
+
+    @property
+    def stored_transformers(self) -> tuple[Path, ...]:
+        """What `transformers` are in this folder, perhaps packed."""
         if self.layout == "diffusers":
             if self._index().get("transformer_2", [None])[0] is None:
-                return (self._find("transformer"),)
-            return self._find("transformer"), self._find("transformer_2")
+                return (self._find(self.transformer_name),)
+            return self._find(self.transformer_name), self._find("transformer_2")
         if (self.path / HIGH_NOISE).exists() or (self.path / LOW_NOISE).exists():
             return self._find(HIGH_NOISE), self._find(LOW_NOISE)
         self._find("config.json")
@@ -205,6 +216,13 @@ class ModelFolder:
         return ", ".join(sorted(entry.name for entry in self.path.iterdir())) or "nothing"
 
 
+_SPRITEWAN = Path(__file__).parents[1] / "assets" / "spritewan"
+EMBEDDED = {  # the models in this package: the few-step student, and the teacher it learnt from
+    "spritewan": ModelFolder(_SPRITEWAN),
+    "spritewan-teacher": ModelFolder(_SPRITEWAN, transformer_name="teacher"),
+}
+
+
 def _stated_sampling(own: SamplingConfig, stated: Mapping[str, Any], name: str) -> SamplingConfig:
     """`own`, with what files state in its place.
 
@@ -247,8 +265,8 @@ def find_model(name: str | Path) -> ModelFolder:
     """The folder of a model, downloaded if need be.
 
     Args:
-        name: "spritewan", the embedded model; a folder; a preset's name, such as
-            "Wan2.1-T2V-1.3B"; or a repository on the Hugging Face Hub, such as
+        name: "spritewan", the embedded model, or "spritewan-teacher"; a folder; a preset's name,
+            such as "Wan2.1-T2V-1.3B"; or a repository on the Hugging Face Hub, such as
             "Wan-AI/Wan2.1-T2V-1.3B".
 
     Raises:
@@ -256,7 +274,7 @@ def find_model(name: str | Path) -> ModelFolder:
     """
     text = str(name)
     if text.lower() in EMBEDDED:
-        return ModelFolder(EMBEDDED[text.lower()])
+        return EMBEDDED[text.lower()]
     path = Path(name).expanduser()
     if path.is_dir():
         return ModelFolder(path)
@@ -269,7 +287,7 @@ def find_model(name: str | Path) -> ModelFolder:
     if "/" not in repository:
         raise FileNotFoundError(
             f"no model {text!r}: neither a folder, nor a Hub repository (organisation/name), "
-            f"nor one of {', '.join(PRESETS)}"
+            f"nor one of {', '.join({**PRESETS, **EMBEDDED})}"
         )
     return ModelFolder(_download(repository))
 

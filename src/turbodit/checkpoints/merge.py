@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from turbodit.checkpoints.lora import LoRAFile, read_lora
+from turbodit.checkpoints.packed import unpacked
 from turbodit.checkpoints.rewrite import (
     Progress,
     check_space,
@@ -219,7 +220,7 @@ def _one_transformer(label: str, source: Path | str) -> Path:
 
 def _open(label: str, source: Path) -> Model:
     """A complete transformer in floating point, not read yet."""
-    for name, tensor in lazy_weights(source, mapped=False).items():
+    for name, tensor in lazy_weights(unpacked(source), mapped=False).items():
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(

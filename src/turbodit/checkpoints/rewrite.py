@@ -26,13 +26,13 @@ def find_transformers(source: Path | str) -> dict[str, Path]:
     Raises:
         FileNotFoundError: no model of that name, or a part of it is missing.
     """
-    path = Path(source).expanduser()
-    if not path.exists() and path.suffix not in (".safetensors", *PICKLE_SUFFIXES):
-        path = find_model(source).path
+    folder = ModelFolder(Path(source).expanduser())
+    if not folder.path.exists() and folder.path.suffix not in (".safetensors", *PICKLE_SUFFIXES):
+        folder = find_model(source)
     marks = ("model_index.json", HIGH_NOISE, LOW_NOISE)
-    if any((path / mark).exists() for mark in marks):
-        return {part.name: part for part in ModelFolder(path).transformers}
-    return {"": path}
+    if any((folder.path / mark).exists() for mark in marks):
+        return {part.name: part for part in folder.transformers}
+    return {"": folder.path}
 
 
 def check_target(

@@ -131,10 +131,7 @@ def choose_attention(
     chosen = stated.get(ATTENTION, DEFAULT_ATTENTION) if name is None else name
     with torch.device("meta"):
         attention_function(chosen, head_dim=model.transformer.head_dim, **settings)
-    defaults: dict[str, Any] = {}
-    if model.attention_blocks is not None:
-        defaults = dict(zip(("block_q", "block_k"), model.attention_blocks, strict=True))
-    defaults |= stated.get(SETTINGS, {})
+    defaults = model.block_settings | stated.get(SETTINGS, {})
     if chosen == "sagesla" and defaults.get("variant", "released") != "released":
         raise ValueError(
             f"the files state variant {defaults['variant']!r} of attention 'sla', got 'sagesla', "

@@ -23,6 +23,7 @@ from turbodit.checkpoints.linears import (
     convert_linears,
     stored_format,
 )
+from turbodit.checkpoints.packed import unpacked
 from turbodit.checkpoints.stated import Stated, check_stated, read_stated
 from turbodit.checkpoints.write import CONFIG_KEY, new_folder, write_folder
 from turbodit.config import PRESETS, ModelConfig, TransformerConfig
@@ -75,10 +76,10 @@ def load_transformer(
     """The DiT stored at `source`, in evaluation mode.
 
     Args:
-        source: a diffusers `transformer/` folder; an original Wan folder (or one expert's);
-            or one file: safetensors or PyTorch, with original or diffusers names, perhaps
-            with prefixes as ComfyUI and rCM write them, plain or quantised
-            (docs/checkpoints.md).
+        source: a diffusers `transformer/` folder, perhaps packed (`checkpoints.packed`); an
+            original Wan folder (or one expert's); or one file: safetensors or PyTorch, with
+            original or diffusers names, perhaps with prefixes as ComfyUI and rCM write them,
+            plain or quantised (docs/checkpoints.md).
         config: its shape. Read from `config.json` or a file's metadata where it is there;
             another single file's is that of the preset which has the file's shapes.
         dtype: of its weights, but for the few that Wan keeps in float32, and those in 8 bits.
@@ -98,6 +99,7 @@ def load_transformer(
             that do not fit, a trained linear branch that `attention` has no place for, a
             shape that has to be given as `config`, an unknown format, a mixture of formats,
             or NaN and infinities to quantise.
+        OSError: a packed source, and a cache that cannot be written.
     """
     source = Path(source)
     format = None if linear is None else linear_format(linear)
@@ -123,6 +125,7 @@ def open_transformer(
 
     Raises: as `load_transformer`.
     """
+    source = unpacked(source)
     weights = native_weights(lazy_weights(source, mapped=mapped), source)
     content = _stated_content(source)
     format = stored_format(weights, source, content.get(FORMAT_KEY))

@@ -175,7 +175,7 @@ class Linear(Measurement):
 class EndToEnd(Measurement):
     """Every stage from the prompt to the mp4, the first time and after.
 
-    spritewan with its own weights, other models with random ones.
+    spritewan and spritewan-teacher with their own weights, other models with random ones.
     """
 
     attention: Annotated[str | None, _flag("NAME")] = None
@@ -216,7 +216,7 @@ Bench = Annotated[
     subcommand(
         "bench",
         description="Measure what a model costs on this device. No checkpoint is needed: the "
-        "weights are random, and only the embedded model makes real videos.",
+        "weights are random, and only the embedded models make real videos.",
     ),
 ]
 

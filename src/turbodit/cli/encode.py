@@ -30,8 +30,8 @@ class Encode:
     """Videos with captions: clip.mp4 and clip.txt, or metadata.jsonl or .csv (file_name, text)."""
     output: Annotated[Path, flag("FOLDER", "-o")]
     """Where shards and dataset.json go."""
-    model: Annotated[str, flag("NAME")] = "spritewan"
-    """Name, folder or Hub id of the model that is to be trained. Default: spritewan."""
+    model: Annotated[str, flag("NAME")] = "spritewan-teacher"
+    """Name, folder or Hub id of the model that is to be trained. Default: spritewan-teacher."""
 
     size: Annotated[str | None, flag("W*H")] = None
     """Width and height in pixels, such as 832*480; by default the model's own."""

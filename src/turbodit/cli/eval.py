@@ -62,7 +62,7 @@ class ModelFlags:
     transformer: Annotated[UseAppendAction[tuple[Path, ...]], flag("PATH")] = ()
     """Other weights for the transformer; given twice for two experts, high noise first."""
     attention: Annotated[str | None, flag("NAME")] = None
-    """Attention back-end; `turbodit doctor` lists them. Default: sdpa."""
+    """Attention back-end, see `turbodit doctor`; by default what the files state, else sdpa."""
     sla_topk: Annotated[float | None, flag("X")] = None
     """Share of key blocks that sparse attention keeps."""
     linear: Annotated[Linear | None, flag("FORMAT")] = None

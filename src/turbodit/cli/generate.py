@@ -65,7 +65,7 @@ class Generate:
     """Last frame, for models that take one."""
 
     model: Annotated[str | None, _flag("NAME", "--model", "--ckpt-dir")] = None
-    """Name, folder or Hub id of the model; by default the embedded spritewan."""
+    """Name, folder or Hub id; by default spritewan, which is embedded, as is spritewan-teacher."""
     task: Annotated[str | None, _flag("TASK")] = None
     """Wan's names, such as t2v-1.3B or i2v-A14B, instead of --model or as a check on its folder."""
     transformer: Annotated[

@@ -40,8 +40,8 @@ class Synthesize:
     """Prompts, a line each (.txt), objects (.jsonl), or spriteworld:N, the embedded model's own."""
     output: Annotated[Path, flag("FOLDER", "-o")]
     """Where shards and dataset.json go."""
-    model: Annotated[str, flag("NAME")] = "spritewan"
-    """Name, folder or Hub id of the teacher. Default: spritewan."""
+    model: Annotated[str, flag("NAME")] = "spritewan-teacher"
+    """Name, folder or Hub id of the teacher. Default: spritewan-teacher."""
     transformer: Annotated[UseAppendAction[tuple[Path, ...]], flag("PATH")] = ()
     """Other weights for the transformer; given twice for two experts, high noise first."""
 

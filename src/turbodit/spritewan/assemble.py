@@ -1,10 +1,12 @@
-"""Put the trained parts together as one model folder in diffusers' layout.
+"""Put the trained teacher and what it shares with its student together as one model folder.
 
-    python -m turbodit.spritewan.assemble --transformer runs/teacher/transformer \
+    python -m turbodit.spritewan.assemble --teacher runs/teacher/transformer \
         --vae runs/vae/vae --text-encoder runs/text/text_encoder \
         --tokenizer runs/text/tokenizer --out src/turbodit/assets/spritewan
 
-What it writes loads like any user's folder: with `turbodit generate --model FOLDER`.
+The layout is diffusers', with `teacher/`, whose weights are packed (`checkpoints.packed`), beside
+the place of the student, `transformer/`, which `spritewan.turbo` makes. Until it is there the
+folder loads with `turbodit generate --model FOLDER --transformer FOLDER/teacher`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import tyro
 
+from turbodit.checkpoints.packed import pack
 from turbodit.config import PRESETS
 
 MODEL_INDEX = {
@@ -33,12 +36,12 @@ MODEL_INDEX = {
 }
 
 
-PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+PARTS = ("teacher", "vae", "text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True)
 class Options:
-    transformer: Path
+    teacher: Path
     vae: Path
     text_encoder: Path
     tokenizer: Path
@@ -46,7 +49,8 @@ class Options:
 
 
 def assemble(options: Options) -> None:
-    """Copy the parts into `options.out`; parts that are there already are replaced.
+    """Copy the parts into `options.out`, the teacher's weights packed; parts that are there
+    already are replaced.
 
     Raises:
         FileNotFoundError: a part is missing.
@@ -60,6 +64,8 @@ def assemble(options: Options) -> None:
         partial = options.out / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial)
+        if name == "teacher":
+            pack(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     _write_scheduler(options.out / "scheduler")

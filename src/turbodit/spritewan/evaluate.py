@@ -1,4 +1,4 @@
-"""What SpriteWan makes of held-out prompts, as the judge sees it.
+"""What SpriteWan's teacher makes of held-out prompts, as the judge sees it.
 
     python -m turbodit.spritewan.evaluate --out runs/evaluation --steps 20 50
 
@@ -47,7 +47,7 @@ class Options:
     """
 
     out: Path
-    model: str = "spritewan"
+    model: str = "spritewan-teacher"
     judge: Path | None = None
     clips: int = 256
     steps: tuple[int, ...] = (20, 50)

@@ -35,8 +35,8 @@ def write_clips(folder: Path, count: int, device: str | None = None) -> None:
     if not 1 <= count <= HELD_OUT:
         raise ValueError(f"SpriteWorld has 1 to {HELD_OUT:,} training clips, got {count}")
     home = choose_device(device)
-    encoders = Encoders.from_pretrained("spritewan", device=device)
-    model = find_model("spritewan").config()
+    encoders = Encoders.from_pretrained("spritewan-teacher", device=device)
+    model = find_model("spritewan-teacher").config()
     shape = model.latent_shape(model.frames, *_size(model.sizes))
     info = DatasetInfo(
         model.name,

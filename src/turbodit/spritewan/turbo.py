@@ -6,7 +6,9 @@ The teacher's samples, SLA, rCM, their merge, and 8-bit linear layers, each as t
 name does it. Stopped at any time and given again, it goes on; what is there whole is left alone.
 Then measure it:
 
-    turbodit eval spritewan --model spritewan spritewan:transformer=runs/turbo/turbo
+    turbodit eval spritewan --model spritewan-teacher spritewan:transformer=runs/turbo/turbo
+
+and make it the embedded model: its files take the place of those in assets/spritewan/transformer.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ from turbodit.spritewan.world import scene
 from turbodit.training import rcm, sla
 from turbodit.training.synthesize import Prompt, synthesize
 
-TEACHER = "spritewan"
+TEACHER = "spritewan-teacher"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of the build; sizes and rates are for a GPU.
+    """Settings of the build; sizes are for a GPU, rates those of the recipes.
 
     Attributes:
         clips: that the teacher makes.
@@ -47,11 +49,9 @@ class Options:
     teacher_steps: int = 50
     sla_steps: int = 2000
     sla_minutes: float | None = None
-    rcm_steps: int = 6000
+    rcm_steps: int = 2000
     rcm_minutes: float | None = None
     batch: int = 128
-    sla_lr: float = 2e-4
-    rcm_lr: float = 1e-4
     linear: str = "int8-channel"
     device: str | None = None
 
@@ -72,7 +72,6 @@ def build(options: Options) -> Path:
         out=out / "sla",
         steps=options.sla_steps,
         minutes=options.sla_minutes,
-        lr=options.sla_lr,
         **shared,
     )
     distilled = replace(
@@ -80,8 +79,6 @@ def build(options: Options) -> Path:
         out=out / "rcm",
         steps=options.rcm_steps,
         minutes=options.rcm_minutes,
-        lr=options.rcm_lr,
-        fake_lr=options.rcm_lr,
         **shared,
     )
     if not (tuned.out / "transformer").exists():
