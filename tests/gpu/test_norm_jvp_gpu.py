@@ -20,6 +20,9 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 EPS = 1e-6
 WIDTHS = (24, 1000, 1536, 3072, 5120, 16384)
+# Width, tokens, runs of them with one modulation; the last are more than a grid's second axis has.
+SIZES = [(w, *some) for w in WIDTHS for some in ((1, 1), (129, 1), (1020, 4))]
+SIZES += [(24, 40_000, 40_000)]
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +74,7 @@ def glue(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize(("length", "runs"), [(1, 1), (129, 1), (1020, 4)])
+@pytest.mark.parametrize(("width", "length", "runs"), SIZES)
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
 def test_as_exact_as_pytorch(
     monkeypatch: pytest.MonkeyPatch, width: int, length: int, runs: int, stream: torch.dtype

@@ -74,6 +74,17 @@ def test_add_norm(width: int, length: int, stream: torch.dtype, form: str) -> No
         assert error(got, want) <= 1.05 * error(same, want)
 
 
+def test_a_modulation_for_every_token() -> None:
+    """More of them than the second axis of a grid has."""
+    batch, length, width = 2, 40_000, 64
+    x, update = (gaussian(batch, length, width, dtype=torch.float32) for _ in range(2))
+    gate, shift, scale = torch.randn(3, batch, length, width, device="cuda").unbind()
+    y, h = ops.add_norm(x, update, gate, shift=shift, scale=scale, eps=EPS, out=torch.bfloat16)
+    torch.testing.assert_close(y, reference.add(x, update, gate))
+    want = reference.layer_norm(y, None, None, shift, scale, EPS)
+    torch.testing.assert_close(h.float(), want, rtol=2**-7, atol=1e-3)
+
+
 @pytest.mark.parametrize("width", [1536, 3072, 5120])
 @pytest.mark.parametrize("rotated", [False, True])
 def test_rms_norm(width: int, rotated: bool) -> None:

@@ -77,6 +77,17 @@ def test_distillation_runs_and_stays_finite(data: str, tmp_path: Path, method: s
     assert all(entry.get("student_skipped", 0) == 0 for entry in entries)
 
 
+@pytest.mark.gpu
+def test_distillation_of_a_sparse_student(data: str, tmp_path: Path) -> None:
+    """What SLA has tuned goes on under tangents and through roll-outs."""
+    train(data, tmp_path / "sla", "sla", "--batch", "4")
+    flags = ("--student", str(tmp_path / "sla" / "transformer"), "--joint-ratio", "0.1")
+    flags = (*flags, "--warmup", "1", "--student-every", "2", "--batch", "4")
+    entries = train(data, tmp_path / "rcm", "rcm", *flags)
+    values(entries, "scm_tangent_norm")
+    values(entries, "dmd_distance")
+
+
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize(
     ("method", "told"), [("sla", "loss"), ("scm", "scm_tangent_norm")], ids=["sla", "scm"]

@@ -63,19 +63,24 @@ def store_piece(pointer, piece, start: tl.constexpr, D: tl.constexpr):
         tl.store(pointer + columns, piece, columns < D)
 
 
+@triton.jit
+def run_and_row(length, run, ROWS: tl.constexpr):
+    """Of this program: its sample, which run of that, and which row of the run it begins with."""
+    parts = tl.cdiv(run, ROWS)
+    of_all, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    runs = length // run
+    return (of_all // runs).to(tl.int64), of_all % runs, part * ROWS
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _norm_kernel(
     x_ptr, update_ptr, gate_ptr, y_ptr, weight_ptr, bias_ptr, shift_ptr, scale_ptr,
     out_ptr, out_scale_ptr, length, run, gate_b, gate_n, stride_b, stride_n, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of a run of `add_norm`; of `norm`, without update_ptr; of `add`, without out_ptr.
-
-    Program (rows, run of all samples).
-    """
+    """ROWS rows of a run: `add_norm`; without update_ptr `norm`, without out_ptr `add`."""
     PIECES: tl.constexpr = (D + WIDTH - 1) // WIDTH
-    runs = length // run
-    batch, n = tl.program_id(1).to(tl.int64) // runs, tl.program_id(1) % runs
+    batch, n, first = run_and_row(length, run, ROWS)
     if gate_ptr is not None:
         gate = load_row(gate_ptr + batch * gate_b + n * gate_n, D, WIDTH, "")
     if weight_ptr is not None:
@@ -84,7 +89,6 @@ def _norm_kernel(
         shift = load_row(shift_ptr + batch * stride_b + n * stride_n, D, WIDTH, "")
         scale = load_row(scale_ptr + batch * stride_b + n * stride_n, D, WIDTH, "")
     begin = batch * length + n * run
-    first = tl.program_id(0) * ROWS
     for row in range(begin + first, begin + tl.minimum(first + ROWS, run)):
         x = load_row(x_ptr + row * D, D, WIDTH, "evict_first")
         if update_ptr is not None:
@@ -245,13 +249,19 @@ def _launch(
     if shift is not None and scale is not None and shift.stride() != scale.stride():
         shift, scale = shift.contiguous(), scale.contiguous()
     warps = _warps(dim)
-    _norm_kernel[(triton.cdiv(length // runs, ROWS), batch * runs)](
+    _norm_kernel[programs(batch, length, runs)](
         x.contiguous(), _contiguous(update), gate, y, _contiguous(weight), _contiguous(bias),
         shift, scale, out, None if format is None else out_scale, length, length // runs,
         *((0, 0) if gate is None else gate.stride()[:2]),
         *((0, 0) if shift is None else shift.stride()[:2]),
         eps, D=dim, WIDTH=_piece(warps), ROWS=ROWS, FP8=format == "fp8-channel", num_warps=warps,
     )  # fmt: skip
+
+
+def programs(batch: int, length: int, runs: int) -> tuple[int]:
+    """One for every ROWS rows of a run. A grid's other axes end at 65,535, which runs of a token
+    each reach."""
+    return (batch * runs * triton.cdiv(length // runs, ROWS),)
 
 
 def table_of_runs(table: torch.Tensor | None, runs: int) -> torch.Tensor | None:

@@ -16,7 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
-from turbodit.kernels.norm.triton import load_row, store_piece, table_of_runs
+from turbodit.kernels.norm.triton import (
+    load_row,
+    programs,
+    run_and_row,
+    store_piece,
+    table_of_runs,
+)
 
 ROWS = 4
 # Elements that a thread loads at a time, and how many times it may for a row.
@@ -35,13 +41,9 @@ def _add_norm_kernel(
     length, run, gate_b, gate_n, stride_b, stride_n, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of a run; nothing is added without update_ptr, no norm taken without out_ptr.
-
-    Program (rows, run of all samples).
-    """
+    """ROWS rows of a run; nothing is added without update_ptr, no norm taken without out_ptr."""
     PIECES: tl.constexpr = (D + WIDTH - 1) // WIDTH
-    runs = length // run
-    batch, n = tl.program_id(1).to(tl.int64) // runs, tl.program_id(1) % runs
+    batch, n, first = run_and_row(length, run, ROWS)
     if gate_ptr is not None:
         place = batch * gate_b + n * gate_n
         gate = load_row(gate_ptr + place, D, WIDTH, "")
@@ -55,7 +57,6 @@ def _add_norm_kernel(
         scale = load_row(scale_ptr + place, D, WIDTH, "")
         dscale = load_row(dscale_ptr + place, D, WIDTH, "")
     begin = batch * length + n * run
-    first = tl.program_id(0) * ROWS
     for row in range(begin + first, begin + tl.minimum(first + ROWS, run)):
         x = load_row(x_ptr + row * D, D, WIDTH, "evict_first")
         dx = load_row(dx_ptr + row * D, D, WIDTH, "evict_first")
@@ -173,7 +174,7 @@ def add_norm(
     modulation = _tables(runs, shift, shift_tangent, scale, scale_tangent)
     warps = _warps(dim)
     rows = [_contiguous(t) for t in (x, x_tangent, update, update_tangent)]
-    _add_norm_kernel[(triton.cdiv(length // runs, ROWS), batch * runs)](
+    _add_norm_kernel[programs(batch, length, runs)](
         *rows, *gates, *sums, _contiguous(weight), _contiguous(bias), *modulation, *outs,
         length, length // runs, *_strides(gates[0]), *_strides(modulation[0]), eps,
         D=dim, WIDTH=_piece(warps), ROWS=ROWS, num_warps=warps,
