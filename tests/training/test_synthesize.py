@@ -391,3 +391,11 @@ def test_bad_numbers(teacher, tmp_path):
             make(teacher, tmp_path / "data", **options)
     assert not (tmp_path / "data").exists()
     assert DatasetInfo.load(tmp_path) is None
+
+
+def test_a_distilled_model_is_no_teacher(tmp_path):
+    """A solver would take its guidance-free big steps for a flow, and the data would be wrong."""
+    student = Pipeline.from_pretrained("spritewan", device="cpu")
+    with pytest.raises(ValueError, match="was distilled to 4 steps"):
+        make(student, tmp_path / "data")
+    assert not (tmp_path / "data").exists()

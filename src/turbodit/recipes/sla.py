@@ -21,7 +21,6 @@ def spritewan() -> SLAConfig:
         weight_decay=0.0,
         max_grad_norm=1.0,
         p_mean=0.7,
-        token_order="hwt",
         checkpointing="none",
         log_every=5,
         save_every=200,
