@@ -3,8 +3,8 @@
     python benchmarks/spritewan.py spritewan-teacher:steps=50 spritewan
     python benchmarks/spritewan.py spritewan-teacher:steps=50 spritewan --device cpu --threads 2
 
-A form is a spec as `turbodit eval spritewan --model` takes it. All are loaded first and have one
-clip to warm up (compilation, CUDA graphs); then they take turns, so that a machine's slow minutes
+A form is a spec as `turbodit eval spritewan --model` takes it. All are loaded first and make
+clips to warm up (compilation, CUDA graphs); then they take turns, so that a machine's slow minutes
 meet them all. Prints a line for each and writes benchmarks/results/.
 """
 
@@ -14,12 +14,12 @@ import json
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
 import torch
 import tyro
 
+from turbodit.benchmark.measure import WARM_UP, Times
 from turbodit.benchmark.report import environment
 from turbodit.device import choose_device
 from turbodit.evaluation.spec import read_spec
@@ -53,11 +53,6 @@ def clip_seconds(pipe: Pipeline, settings: Settings) -> dict[str, float]:
     return {stage: timings[stage] for stage in STAGES} | {"all": sum(timings.values())}
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    ordered = {"min": min(values), "median": median(values), "max": max(values)}
-    return {name: round(value, 5) for name, value in ordered.items()}
-
-
 def main(options: Options) -> None:
     """Measure and write."""
     if options.threads is not None:
@@ -69,12 +64,15 @@ def main(options: Options) -> None:
         pipe = spec.load(str(device))
         request = GenerationRequest(scene(HELD_OUT).caption, seed=0, **spec.sampling)
         forms[text] = pipe, resolve(request, pipe.model)
-        clip_seconds(*forms[text])
+        for _ in range(WARM_UP[device.type]):
+            clip_seconds(*forms[text])
     rounds = [
         {text: clip_seconds(*form) for text, form in forms.items()} for _ in range(options.repeats)
     ]
     rows = {
-        text: {name: summary([one[text][name] for one in rounds]) for name in rounds[0][text]}
+        text: {
+            name: Times.of([r[text][name] for r in rounds]).summary(5) for name in rounds[0][text]
+        }
         for text in forms
     }
     for text, row in rows.items():
@@ -83,7 +81,9 @@ def main(options: Options) -> None:
     words = f"{date.today()}-{found['device']}-spritewan-speed".lower().replace(" ", "-")
     path = Path(__file__).parent / "results" / f"{words}.json"
     numbers = {"command": "benchmarks/spritewan.py", **found, "unit": "s", "rows": rows}
-    path.write_text(json.dumps(numbers | {"repeats": options.repeats}, indent=1) + "\n")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(numbers, indent=1) + "\n")
+    partial.replace(path)
     print(path)
 
 

@@ -126,8 +126,8 @@ def synthesize(
         progress: told of "samples", and of what `Pipeline` tells.
 
     Raises:
-        ValueError: a request that is impossible; a teacher that was itself distilled to a few
-            steps; a folder with other data.
+        ValueError: a request that is impossible; a solver for a model that was distilled
+            for another sampler; a folder with other data.
         FloatingPointError: the teacher made NaN or infinity.
         OSError: a shard cannot be written; what is finished is kept.
     """
@@ -137,13 +137,13 @@ def synthesize(
         raise ValueError(f"the seed must be from 0 to {MAX_SEED}, got {seed}")
     if batch > 1 and any(prompt.image is not None for prompt in prompts):
         raise ValueError(f"samples with images are made one by one: batch must be 1, got {batch}")
-    if pipe.model.sampling.solver == "few-step":
-        raise ValueError(
-            f"{pipe.model.name} was distilled to {pipe.model.sampling.steps} steps, which a solver "
-            f"with many cannot use; expected its teacher, got settings for {request.solver}"
-        )
     worker, tell = worker or Worker(), progress or silent
     clip = clip_settings(request, pipe.model)
+    if pipe.model.sampling.solver == "few-step" != clip.solver:
+        raise ValueError(
+            f"{pipe.model.name} was distilled for the few-step sampler, got solver {clip.solver}, "
+            "which makes wrong samples of it; expected the model that it was distilled from"
+        )
     sized = replace(
         request, width=clip.width, height=clip.height, resolution=None, aspect_ratio=None
     )

@@ -249,7 +249,7 @@ def _launch(
     if shift is not None and scale is not None and shift.stride() != scale.stride():
         shift, scale = shift.contiguous(), scale.contiguous()
     warps = _warps(dim)
-    _norm_kernel[programs(batch, length, runs)](
+    _norm_kernel[programs(batch, length, runs, ROWS)](
         x.contiguous(), _contiguous(update), gate, y, _contiguous(weight), _contiguous(bias),
         shift, scale, out, None if format is None else out_scale, length, length // runs,
         *((0, 0) if gate is None else gate.stride()[:2]),
@@ -258,10 +258,10 @@ def _launch(
     )  # fmt: skip
 
 
-def programs(batch: int, length: int, runs: int) -> tuple[int]:
-    """One for every ROWS rows of a run. A grid's other axes end at 65,535, which runs of a token
-    each reach."""
-    return (batch * runs * triton.cdiv(length // runs, ROWS),)
+def programs(batch: int, length: int, runs: int, rows: int) -> tuple[int]:
+    """A program for every `rows` rows of a run, on a grid's first axis: the others end at 65,535,
+    which runs of a token each reach."""
+    return (batch * runs * triton.cdiv(length // runs, rows),)
 
 
 def table_of_runs(table: torch.Tensor | None, runs: int) -> torch.Tensor | None:

@@ -174,7 +174,7 @@ def add_norm(
     modulation = _tables(runs, shift, shift_tangent, scale, scale_tangent)
     warps = _warps(dim)
     rows = [_contiguous(t) for t in (x, x_tangent, update, update_tangent)]
-    _add_norm_kernel[programs(batch, length, runs)](
+    _add_norm_kernel[programs(batch, length, runs, ROWS)](
         *rows, *gates, *sums, _contiguous(weight), _contiguous(bias), *modulation, *outs,
         length, length // runs, *_strides(gates[0]), *_strides(modulation[0]), eps,
         D=dim, WIDTH=_piece(warps), ROWS=ROWS, num_warps=warps,
