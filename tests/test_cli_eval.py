@@ -83,6 +83,7 @@ def test_videos_that_cannot_be_measured(
     monkeypatch.setitem(sys.modules, "cv2", None)
     err = fails(capsys, "eval", "videos", "clips")
     assert "pip install 'turbodit[eval]'; --no-flow leaves it out" in err
+    assert "folder not found: none" in fails(capsys, "eval", "videos", "none")
     Path("clips/bad.mp4").write_bytes(b"no video")
     assert "cannot decode clips/bad.mp4" in fails(capsys, "eval", "videos", "clips", "--no-flow")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.tiny_models import tiny_transformer
 from tyro.conf import FlagCreatePairsOff
 
@@ -85,7 +85,32 @@ def test_mistakes(arguments: tuple[str, ...], message: str, models: Path) -> Non
     assert not Path("out").exists()
 
 
-def test_paths_of_loras() -> None:
+LORA = ("--base", "a", "--lora", "lora.safetensors")
+
+
+def test_reports_that_cannot_be_written_are_refused_first(models: Path) -> None:
+    for report, kind, message in (
+        ("b", OSError, "--report b is a folder; expected a file"),
+        ("lora.safetensors/x.json", OSError, r"lora\.safetensors is no folder to write to"),
+        ("./lora.safetensors", ValueError, "is a model of this merge; give another file"),
+        ("out.safetensors", ValueError, "is a model of this merge; give another file"),
+    ):
+        with pytest.raises(kind, match=message):
+            merge(*LORA, "-o", "out.safetensors", "--report", report)
+    assert not Path("out.safetensors").exists()
+    load_file("lora.safetensors")
+    merge(*LORA, "-o", "out", "--report", "out/report.json")
+    assert json.loads(Path("out/report.json").read_text())["output"] == "out"
+
+
+def test_paths_of_loras(models: Path) -> None:
+    with pytest.raises(ValueError, match=r"strength of lora\.safetensors must be a number, got 'x"):
+        parse_lora("lora.safetensors:x")
+    assert parse_lora("lora.safetensors:2") == (Path("lora.safetensors"), 2.0)
+    for name in ("lora.safetensors:x", "lora.safetensors:2"):
+        Path(name).touch()
+        assert parse_lora(name) == (Path(name), 1.0)
+        assert parse_lora(f"{name}:3") == (Path(name), 3.0)
     assert parse_lora("a/b.safetensors") == (Path("a/b.safetensors"), 1.0)
     assert parse_lora("a/b.safetensors:-0.5") == (Path("a/b.safetensors"), -0.5)
     assert parse_lora("c:b.safetensors") == (Path("c:b.safetensors"), 1.0)

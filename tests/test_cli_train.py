@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from statistics import mean
+from typing import Any
 
 import pytest
 from tests.training.tiny_training import tiny_teacher
 
 from turbodit.cli import main
-from turbodit.cli.train import TrainRCM, TrainSLA, show, with_data
+from turbodit.cli.train import TrainRCM, TrainSLA, _plan, show, with_data
+from turbodit.config import preset
+from turbodit.plan import Plan, Training
 from turbodit.recipes import RCM, SLA
-from turbodit.training.config import SLAConfig
+from turbodit.training.config import RCMConfig, SLAConfig
 
 ALL = [(method, name) for method, recipes in (("sla", SLA), ("rcm", RCM)) for name in recipes]
 
@@ -84,14 +90,123 @@ def test_unknown_recipes_and_flags(ran, capsys):
 @pytest.mark.parametrize(("method", "name"), ALL)
 def test_every_recipe_has_a_plan(method, name, capsys):
     config = {"sla": SLA, "rcm": RCM}[method][name]()
-    show(config, method)
-    out = " ".join(capsys.readouterr().out.split())  # lines end where they are full
+    show(config)
+    out = printed(capsys)
+    method = getattr(config, "method", method)
     assert f'"{config.model}"' in out and f"{method} training of {config.model}" in out
     for word in ("student: AdamW", "teacher: weights", "tokens", "80 GB"):
         assert word in out, word
-    assert ("fake score: AdamW" in out) == (method == "rcm")
+    assert ("fake score: AdamW" in out) == (method in ("rcm", "dmd"))
     assert ("both experts" in out) == name.endswith("-A14B")
     assert ("one expert" in out) == name.endswith(("-high", "-low"))
+
+
+def printed(capsys) -> str:
+    """On one line: lines end where they are full."""
+    return " ".join(capsys.readouterr().out.split())
+
+
+def planned(config: SLAConfig | RCMConfig, **changes: Any) -> Plan:
+    return _plan(replace(config, **changes), preset(config.model))
+
+
+def test_a_plan_is_of_the_configuration() -> None:
+    """What the run takes more of, or less, so does its plan."""
+    sla, rcm = SLA["Wan2.1-T2V-1.3B"](), RCM["Wan2.1-T2V-1.3B"]()
+    video = (preset(sla.model), 832, 480, 81)
+    more: dict[str, Any]
+    for config, changes, job, more in (
+        (sla, {"ratio": 0.5}, "sla", {"ratio": 0.5}),
+        (sla, {"train": "lora", "lora_rank": 8}, "sla", {"part": "lora", "rank": 8}),
+        (sla, {"objective": "black-box"}, "sla", {"objective": "black-box"}),
+        (sla, {"ema": ()}, "sla", {"averages": 0}),
+        (sla, {"ema": (0.05, 0.1)}, "sla", {"averages": 2}),
+        (rcm, {"method": "scm"}, "scm", {}),
+        (rcm, {"method": "dcm"}, "dcm", {}),
+        (rcm, {"method": "dmd"}, "dmd", {}),
+        (rcm, {"joint_ratio": 0.1}, "rcm", {"attention": "sla", "ratio": 0.1}),
+        (rcm, {"student_every": 3}, "rcm", {"student_every": 3}),
+        (rcm, {"rollout_steps": 2}, "rcm", {"rollout_steps": 2}),
+        (rcm, {"master_weights": False}, "rcm", {"master_weights": False}),
+    ):
+        plan = planned(config, **changes)
+        assert plan == Training(*video, method=job, batch=config.batch, **more).plan(), changes
+        assert plan != planned(config), changes
+
+
+def test_two_experts_take_their_turns() -> None:
+    plan = planned(RCM["Wan2.2-T2V-A14B"]())
+    student, fake, mean = plan.seconds.values()
+    assert mean == pytest.approx((student + 9 * fake) / 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sla", "--expert", "low-noise"], "expert is low-noise; spritewan-teacher wants none"),
+        (
+            ["rcm", "--recipe", "Wan2.2-T2V-A14B-high", "--method", "rcm"],
+            "one expert trains with method scm, got rcm",
+        ),
+        (["rcm", "--recipe", "Wan2.2-T2V-A14B", "--method", "dcm"], "got dcm with exact"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_does(capsys, arguments, message):
+    assert main(["train", *arguments, "--dry-run"]) == 2
+    out, error = capsys.readouterr()
+    assert message in error and not out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sla", "--ratio", "1.5"], "ratio must be in (0, 1], got 1.5"),
+        (["sla", "--ema", "0.5"], "ema must be"),
+        (["sla", "--keep", "0"], "keep must be positive, got 0"),
+        (["sla", "--train", "lora", "--lora-rank", "0"], "lora_rank must be positive, got 0"),
+        (["sla", "--lora-rank", "8"], "lora_rank is that of train lora"),
+        (["rcm", "--p-std", "0"], "p_std must be positive, got 0"),
+        (["rcm", "--method", "scm", "--fixed-times"], "fixed_times are those of"),
+    ],
+)
+def test_a_dry_run_refuses_values_that_cannot_be(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *arguments, "--dry-run"])
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_the_first_process_prints(monkeypatch, capsys):
+    for rank, prints in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["train", "rcm", "--dry-run"]) == 0
+        assert bool(capsys.readouterr().out) == prints
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "sla", "--dry-run", "--expert", "low-noise"]) == 2
+
+
+@pytest.mark.parametrize(("method", "recipes"), [("sla", SLA), ("rcm", RCM)])
+def test_every_flag_has_a_help(monkeypatch, capsys, method, recipes):
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        main(["train", method, "--help"])
+    lines = [line.strip("│| ") for line in capsys.readouterr().out.splitlines()]  # in boxes
+    helps = {}
+    for entry in re.split(r"\n(?=--[a-z])", "\n".join(lines))[1:]:
+        flag, _, told = re.sub(r" {2,}", "\n", entry).partition("\n")
+        helps[flag.split()[0]] = " ".join(told.split())
+    config = recipes["spritewan"]()
+    names = [
+        "no-" * (getattr(config, field.name) is True) + field.name
+        for field in dataclasses.fields(config)
+    ]
+    names += ["recipe", "dry_run", "debug"]
+    assert helps.keys() == {"--" + name.replace("_", "-") for name in names}
+    for flag, told in helps.items():
+        assert told and not told.startswith("(default"), flag
+    assert all(name in helps["--recipe"] for name in recipes)
+    assert "with --no-master-weights it is stored in the dtype" in helps["--no-master-weights"]
+    assert "with --no-compile nothing is fused" in helps["--no-compile"]
 
 
 def test_a_dry_run_writes_nothing(capsys):

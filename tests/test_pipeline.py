@@ -50,8 +50,10 @@ def test_text_to_video(pipe):
     assert (video.frames != pipe("a blue cat", seed=3, **SMALL).frames).any()
 
 
-@pytest.mark.parametrize("solver", ["unipc", "few-step"])
-def test_a_video_of_a_batch_equals_the_same_seed_alone(pipe, solver):
+@pytest.mark.parametrize(("solver", "together"), [("unipc", 3), ("few-step", 2), ("few-step", 0.5)])
+def test_a_video_of_a_batch_equals_the_same_seed_alone(pipe, monkeypatch, solver, together):
+    """However many samples are decoded at once."""
+    monkeypatch.setattr("turbodit.pipeline.DECODED_TOGETHER", together * 64 * 32)
     batch = pipe(["a cat", "a fox", "a car"], seed=5, solver=solver, **SMALL)
     assert [video.seed for video in batch] == [5, 6, 7]
     alone = pipe("a car", seed=7, solver=solver, **SMALL)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests.native_models import native_kind_vae, native_vae
 from tests.tiny_models import tiny_vae
+from torch.profiler import ProfilerActivity, profile
 
 from turbodit.vae import VideoVAE
 
@@ -41,6 +42,23 @@ def test_encode_and_decode_match_diffusers(kind: Kind, tmp_path: Path) -> None:
         torch.testing.assert_close(latents, expected)
         decoded = reference.decode(latents * std + mean).sample
     torch.testing.assert_close(vae.decode(latents), decoded)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@KINDS
+def test_convolutions_of_one_small_sample_are_onednns(kind: Kind) -> None:
+    reference = tiny_vae(kind)
+    latents = torch.randn(1, reference.config.z_dim, 2, 2, 3)
+    with torch.no_grad():
+        expected = reference.decode(latents).sample
+    vae = VideoVAE(reference)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found, torch.no_grad():
+        decoded = vae.model.decode(latents).sample
+    torch.testing.assert_close(decoded, expected)
+    events = found.key_averages(group_by_input_shape=True)
+    assert any(event.key == "aten::mkldnn_convolution" for event in events)
+    slow = [event.input_shapes[1] for event in events if event.key == "aten::slow_conv3d_forward"]
+    assert all(kernel == [1, 1, 1] for _, _, *kernel in slow)
 
 
 @KINDS

@@ -51,6 +51,9 @@ from turbodit.video import Video
 # Called with a stage ("load", "text", "image", "denoise", "decode") and how far it is.
 Progress = Callable[[str, int, int], None]
 
+# Pixels of a frame up to which samples are decoded at once: no more memory than one of 480p takes.
+DECODED_TOGETHER = 832 * 480
+
 
 class Pipeline:
     """Models that make videos together.
@@ -441,19 +444,20 @@ class Pipeline:
         return velocity
 
     def _decode(self, latents: torch.Tensor, report: Progress) -> list[np.ndarray]:
-        """(T, H, W, 3) uint8 of each sample; one after the other, as decoding needs memory."""
+        """(T, H, W, 3) uint8 of each sample; large ones one after the other, for their memory."""
         self._residence.bring("vae")
         total = latents.shape[0] * latents.shape[2]
         done = 0
         report("decode", done, total)
-        clips = []
-        for sample in latents.split(1):
+        height, width = (size * self.vae.spatial_stride for size in latents.shape[-2:])
+        clips: list[np.ndarray] = []
+        for samples in latents.split(max(1, DECODED_TOGETHER // (height * width))):
             pieces = []
-            for chunk in self.vae.decode_chunks(sample):
-                pieces.append(to_frames(chunk[0]))
-                done += 1
+            for chunk in self.vae.decode_chunks(samples):
+                pieces.append([to_frames(frames) for frames in chunk])
+                done += len(samples)
                 report("decode", done, total)
-            clips.append(np.concatenate(pieces))
+            clips += [np.concatenate(sample) for sample in zip(*pieces, strict=True)]
         return clips
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.checkpoints.small_disk import files_of_at_most
 from tests.native_models import native_transformer
 from tests.tiny_models import TEXT_DIM, tiny_diffusers_folder, tiny_transformer
 
@@ -233,6 +234,17 @@ def test_round_trip(names: str, base: Path, factors, tmp_path: Path) -> None:
     load_transformer(tmp_path / "out.safetensors", attention="sla")
     with pytest.raises(ValueError, match=r"another LoRA brought a linear branch"):
         merge_loras(base, [(path, 0.5), (path, 0.5)], tmp_path / "other")
+
+
+def test_a_disk_that_takes_no_more(factors, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    with files_of_at_most(2_000), pytest.raises(OSError) as error:
+        write_lora(path, factors, ALPHA, "diffusers", {}, {})
+    assert error.value.strerror == f"cannot write {path}: File too large"
+    assert not list(tmp_path.iterdir())
+    write_lora(path, factors, ALPHA, "diffusers", {}, {})
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_diffusers_takes_our_metadata(factors, tmp_path: Path) -> None:

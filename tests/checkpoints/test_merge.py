@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -267,6 +268,37 @@ def test_what_is_there_stays(three: tuple[Path, Path, Path], tmp_path: Path) -> 
         merge_difference(*three, tmp_path / "out.pth")
 
 
+def test_no_source_is_replaced(tmp_path: Path) -> None:
+    """Neither by its own file, nor made unreadable by another beside it; links are followed."""
+    models = [tmp_path / name for name in "abc"]
+    for seed, model in enumerate(models):
+        tiny_transformer("t2v", seed).save_pretrained(model)
+    name = "diffusion_pytorch_model.safetensors"
+    file = models[0] / name
+    (tmp_path / "link").symlink_to(models[2])
+    (tmp_path / "link.safetensors").symlink_to(file)
+    before = {path: path.read_bytes() for path in tmp_path.glob("?/*")}
+    others = models[1:]
+    for base, target, message in (
+        (models[0], file, rf"a/{name} is a file of .*a, which is to be merged"),
+        (models[0], models[1] / name, "is a file of .*b, which"),
+        (models[0], tmp_path / "link" / name, "is a file of .*c, which"),
+        (models[0], tmp_path / "link.safetensors", "is a file of .*a, which"),
+        (models[0], models[0] / "new.safetensors", r"new\.safetensors lies in .*a, which"),
+        (models[0], tmp_path / "link", "link is what is to be merged"),
+        (file, models[0], f"a holds .*{name}, which is to be merged"),
+        (tmp_path / "link.safetensors", models[0], "a holds .*, which is to be merged"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_difference(base, *others, target, force=True)
+    with pytest.raises(ValueError, match=r"is a file of .*a, which is to be quantised"):
+        quantize_file(models[0], file, "int8-channel", force=True)
+    assert {path: path.read_bytes() for path in tmp_path.glob("?/*")} == before
+    merge_difference(models[0], *others, models[0] / "sub")
+    merge_difference(models[0], *others, tmp_path / "own.safetensors")
+    merge_difference(tmp_path / "own.safetensors", *others, tmp_path / "beside.safetensors")
+
+
 def test_a_full_disk(
     three: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,7 +322,8 @@ def test_a_full_disk(
         return to_bytes(*args)
 
     monkeypatch.setattr(write, "_bytes", full)
-    with pytest.raises(OSError, match=r"cannot write .*no space left"):
+    name = re.escape(str(target / "diffusion_pytorch_model.safetensors"))
+    with pytest.raises(OSError, match=rf"cannot write {name}: no space left"):
         merge_difference(*three, target, weight=0.5, force=True)
     after = load_file(target / "diffusion_pytorch_model.safetensors")
     assert all(tensor.equal(after[name]) for name, tensor in before.items())

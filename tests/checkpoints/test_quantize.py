@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -242,9 +243,11 @@ def test_a_failure_leaves_nothing(
             raise OSError(28, "No space left on device")
         return to_bytes(*args)
 
+    files = {"out": "out/diffusion_pytorch_model.safetensors"}
+    said = re.escape(f"cannot write {tmp_path / files.get(name, name)}: no space left; it has ")
     with monkeypatch.context() as patch:
         patch.setattr(write, "_bytes", full)
-        with pytest.raises(OSError, match=r"cannot write .*no space left; it has [0-9,]+ bytes"):
+        with pytest.raises(OSError, match=said + "[0-9,]+ bytes"):
             quantize_file(folder, tmp_path / name, "int8-block")
     assert entries() == before
 
@@ -279,10 +282,12 @@ def test_a_killed_process_leaves_no_target(folder: Path, tmp_path: Path) -> None
     command = [sys.executable, "-c", KILLED, str(folder), *map(str, targets)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split() == 2 * [str(-signal.SIGKILL)]
+    assert len(list(tmp_path.glob(".*"))) == 2
     for target in targets:
         assert not target.exists()
         quantize_file(folder, target, "int8-block")
         load_transformer(target)
+    assert not list(tmp_path.glob(".*"))
 
 
 # Memory.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import errno
-import resource
+import pickle
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from tests.checkpoints.small_disk import files_of_at_most
 from tests.training.small_run import go_on, new_state, reshard, run, update, whole
 
 from turbodit.checkpoints import load_transformer
@@ -27,19 +27,6 @@ ROOT = Path(__file__).parents[2]
 def mesh():
     yield join("cpu")
     leave()
-
-
-@contextmanager
-def files_of_at_most(size: int):
-    """What a disk does that is full: writing fails."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def weights(state: TrainState) -> dict[str, torch.Tensor]:
@@ -108,6 +95,78 @@ def test_what_is_saved_is_the_state_of_that_moment(tmp_path, mesh):
     assert torch.equal(found, moment)
 
 
+def test_an_optimizer_goes_on_at_the_rate_of_now(tmp_path, mesh):
+    state = new_state(mesh)
+    update(state, mesh)
+    checkpoints = Checkpoints(tmp_path, mesh)
+    checkpoints.save(state)
+    checkpoints.close()
+    fresh = new_state(mesh, seed=1)
+    fresh.optimizers["student"].param_groups[0]["lr"] = 1e-30
+    assert checkpoints.load(fresh)
+    update(fresh, mesh)
+    assert_same(weights(fresh), weights(state))
+    assert fresh.optimizers["student"].state_dict()["state"][0]["step"] == 2
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "rank-00000.pt"])
+@pytest.mark.parametrize("harm", [truncate, Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_damaged_checkpoint_says_so(tmp_path, mesh, name, harm):
+    checkpoints, state = Checkpoints(tmp_path, mesh), new_state(mesh)
+    for step in (1, 2):
+        state.step = step
+        checkpoints.save(state)
+    checkpoints.close()
+    harm(tmp_path / "step-00000002" / name)
+    with pytest.raises(ValueError, match=r"step-00000002 is damaged .*step-00000001") as error:
+        checkpoints.load(new_state(mesh))
+    assert "\n" not in str(error.value)
+    (tmp_path / "latest").write_text("step-00000001")
+    assert checkpoints.load(new_state(mesh))
+
+
+class Evil:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return Path.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("name", [".metadata", "rank-00000.pt"])
+def test_a_checkpoint_cannot_run_code(tmp_path, mesh, name):
+    checkpoints, state = Checkpoints(tmp_path / "run", mesh), new_state(mesh)
+    checkpoints.save(state)
+    checkpoints.close()
+    evil = Evil(tmp_path / "harm")
+    if name == ".metadata":
+        (checkpoints.latest / name).write_bytes(pickle.dumps(evil))
+    else:
+        torch.save(evil, checkpoints.latest / name)
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoints.load(state)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_what_names_no_checkpoint(tmp_path, mesh):
+    (tmp_path / "latest").write_bytes(b"\xff\x00")
+    with pytest.raises(ValueError, match="expected a name"):
+        Checkpoints(tmp_path, mesh).load(new_state(mesh))
+
+
+def test_weights_that_are_not_finite_are_not_exported(tmp_path, mesh):
+    model = new_state(mesh).models["student"]
+    with torch.no_grad():
+        model.blocks[0].ffn[0].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"blocks\.0\.ffn\.0\.weight has values that are not fin"):
+        export_transformer(model, tmp_path / "out", mesh)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_the_last_ones_are_kept(tmp_path, mesh):
     state = new_state(mesh)
     checkpoints = Checkpoints(tmp_path, mesh, keep=2)
@@ -153,6 +212,9 @@ def test_errors_say_what_does_not_fit(tmp_path, mesh):
     other.averages = state.averages
     other.optimizers = state.optimizers
     with pytest.raises(ValueError, match="make it after the model"):
+        checkpoints.load(other)
+    other.identity = {"method": "rcm"}
+    with pytest.raises(ValueError, match=r"another run: method is rcm and was None"):
         checkpoints.load(other)
     state.step, state.data.position = 1, Path("of no plain type")
     with pytest.raises(ValueError, match="position in the data must be made of"):

@@ -9,19 +9,18 @@ import pytest
 import torch
 from tests.distributed.two_processes import Case, random_inputs, random_model
 
-from turbodit.distributed import checkpoint_blocks
-from turbodit.training.compiled import compile_blocks
+from turbodit.distributed import Policy
+from turbodit.training.compiled import prepare_blocks
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("policy", ["block", "selective"])
-def test_gradients_are_those_of_eager_blocks(policy: str) -> None:
+@pytest.mark.parametrize("policy", ["none", "block", "selective"])
+def test_gradients_are_those_of_eager_blocks(policy: Policy) -> None:
     """Compiled code reuses buffers: what is kept must not be one that is written over."""
     case = Case(attention="sla", dtype=torch.float32)
     eager = random_model(case)
     model = copy.deepcopy(eager)
-    checkpoint_blocks(model, policy)
-    compile_blocks(model)
+    prepare_blocks(model, policy, compiled=True)
     latents, t, context, target = random_inputs(case)
     for network in (eager, model):
         (network(latents, t, context) - target).square().mean().backward()

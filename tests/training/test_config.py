@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from turbodit.config import preset
-from turbodit.training.config import RCMConfig, SLAConfig
+from turbodit.training.config import MAX_EMA, RCMConfig, SLAConfig
 
 
 @pytest.mark.parametrize("name", ["steps", "batch", "accumulate", "log_every", "save_every"])
@@ -25,7 +25,37 @@ def test_counts_are_positive(kind, name):
         (SLAConfig, {"lr": 0.0}, "lr must be positive, got 0"),
         (SLAConfig, {"lr": float("nan")}, "lr must be positive, got nan"),
         (SLAConfig, {"max_grad_norm": -1.0}, "max_grad_norm must be positive, got -1"),
+        (SLAConfig, {"lr": float("inf")}, "lr must be finite, got inf"),
         (SLAConfig, {"image_share": 1.5}, r"image_share must be in \[0, 1\], got 1.5"),
+        (SLAConfig, {"keep": 0}, "keep must be positive, got 0"),
+        (SLAConfig, {"shard": 0}, "shard must be positive, got 0"),
+        (SLAConfig, {"seed": -1}, "seed must be 0 or more, got -1"),
+        (SLAConfig, {"weight_decay": -0.1}, "weight_decay must be 0 or more, got -0.1"),
+        (SLAConfig, {"weight_decay": float("nan")}, "weight_decay must be 0 or more, got nan"),
+        (SLAConfig, {"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\), got \(0.9, 1.0\)"),
+        (SLAConfig, {"betas": (float("nan"), 0.9)}, r"betas must be in \[0, 1\), got \(nan"),
+        (SLAConfig, {"ema": (0.1, 0.5)}, r"ema must be .* between 0 and 0.2887, got \(0.1, 0.5\)"),
+        (SLAConfig, {"ema": (0.0,)}, "ema must be .* between 0 and 0.2887, got"),
+        (SLAConfig, {"ema": (0.1, 0.1)}, "ema must be different values"),
+        (SLAConfig, {"ratio": 1.5}, r"ratio must be in \(0, 1\], got 1.5"),
+        (SLAConfig, {"ratio": float("nan")}, "ratio must be finite, got nan"),
+        (SLAConfig, {"first_ratio": 0.0}, r"first_ratio must be in \(0, 1\], got 0"),
+        (SLAConfig, {"ratio_steps": -1}, "ratio_steps must be 0 or more, got -1"),
+        (SLAConfig, {"p_mean": float("nan")}, "p_mean must be finite, got nan"),
+        (SLAConfig, {"p_std": 0.0}, "p_std must be positive, got 0"),
+        (SLAConfig, {"block_k": 0}, "block_k must be positive, got 0"),
+        (SLAConfig, {"train": "lora", "lora_rank": 0}, "lora_rank must be positive, got 0"),
+        (SLAConfig, {"lora_rank": 8}, "lora_rank is that of train lora, got 8 with train full"),
+        (RCMConfig, {"p_std": -1.0}, "p_std must be positive, got -1"),
+        (RCMConfig, {"shift": 0.0}, "shift must be positive, got 0"),
+        (RCMConfig, {"joint_ratio": 1.01}, r"joint_ratio must be in \(0, 1\], got 1.01"),
+        (RCMConfig, {"fake_lr": 0.0}, "fake_lr must be positive, got 0"),
+        (RCMConfig, {"sigma_max": float("inf")}, "sigma_max must be finite, got inf"),
+        (RCMConfig, {"guidance": float("nan")}, "guidance must be finite, got nan"),
+        (RCMConfig, {"warmup": -1}, "warmup must be 0 or more, got -1"),
+        (RCMConfig, {"method": "scm", "fixed_times": True}, "methods rcm and dmd, got method scm"),
+        (RCMConfig, {"method": "dcm", "tangent": "semi-continuous"}, "continuous with method dcm"),
+        (RCMConfig, {"method": "dmd", "tangent": "finite-difference"}, "methods rcm and scm, got"),
         (RCMConfig, {"student_every": 0}, "student_every must be positive, got 0"),
         (RCMConfig, {"rollout_steps": 0}, "rollout_steps must be from 1 to 4, got 0"),
         (RCMConfig, {"rollout_steps": 5}, "rollout_steps must be from 1 to 4, got 5"),
@@ -34,6 +64,13 @@ def test_counts_are_positive(kind, name):
 def test_values_that_cannot_be(kind, wrong, message):
     with pytest.raises(ValueError, match=message):
         kind(model="spritewan", **wrong)
+
+
+def test_the_averages_limit_is_their_own():
+    from turbodit.training.ema import MAX_RATE
+
+    assert MAX_EMA == MAX_RATE
+    SLAConfig(model="", ema=(0.288,))
 
 
 def test_unknown_names_and_later_changes_are_errors():

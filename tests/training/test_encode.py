@@ -234,6 +234,30 @@ def test_videos_come_and_go(encoders, videos, tmp_path):
     assert left == ["dataset.json", "shard_000000.json", "shard_000000.tar"]
 
 
+@pytest.mark.parametrize(
+    "content", ['{"a": 1}', "{", "[]", b"\xff", '{"sources": "", "samples": null, "skipped": {}}']
+)
+def test_a_shard_with_a_broken_record_is_made_again(encoders, videos, tmp_path, content):
+    encode(encoders, tmp_path)
+    shard = shard_path(tmp_path / "data", 1)
+    record, whole = shard.with_suffix(".json"), shard.read_bytes()
+    good = record.read_bytes()
+    record.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.warns(UserWarning, match=r"shard_000001\.json is broken .* is made again"):
+        report = encode(encoders, tmp_path)
+    assert (report.made, report.found) == (2, 3)
+    assert (record.read_bytes(), shard.read_bytes()) == (good, whole)
+
+
+def test_shards_do_not_go_among_the_videos(encoders, videos, tmp_path):
+    (tmp_path / "link").symlink_to(videos)
+    before = set(videos.iterdir())
+    for folder in (videos, tmp_path / "link"):
+        with pytest.raises(ValueError, match="is the folder of the videos; shards go into another"):
+            encode_videos(encoders, videos, folder, request=REQUEST)
+    assert set(videos.iterdir()) == before
+
+
 def test_a_stop_costs_no_finished_sample(encoders, videos, tmp_path, monkeypatch):
     encode(encoders, tmp_path, shard_size=5)
     whole = shard_path(tmp_path / "data", 0).read_bytes()

@@ -130,7 +130,7 @@ def test_models_that_need_an_image_show_nothing(run_of, image_teacher, tmp_path)
 def test_looking_changes_nothing(teacher, tmp_path, monkeypatch, make):
     """A run with samples has the losses of one without, and their videos."""
     only_logs(monkeypatch)
-    monkeypatch.setattr("turbodit.training.sla.solver_sample", two_steps)
+    monkeypatch.setattr("turbodit.training.preview.solver_sample", two_steps)
     shared = {"prompts": PROMPTS[:2], "steps": 3, "ema": (0.1,)}
     watched = make(teacher, tmp_path / "watched", sample_every=2, **shared)
     train(watched)
@@ -139,7 +139,8 @@ def test_looking_changes_nothing(teacher, tmp_path, monkeypatch, make):
     assert log_of(watched) == log_of(alone)
     names = sorted(path.name for path in (tmp_path / "watched" / "samples").glob("*.mp4"))
     assert names == [
-        f"{name}-0000000{step}.mp4" for name in ("average-0.1", "student") for step in (2, 3)
+        *(f"{name}-0000000{step}.mp4" for name in ("average-0.1", "student") for step in (2, 3)),
+        "teacher-00000002.mp4",
     ]
     with av.open(tmp_path / "watched" / "samples" / names[0]) as video:
         frame = next(video.decode(video=0))
@@ -175,15 +176,17 @@ def test_slas_sampler_is_guided(teacher, tmp_path, monkeypatch):
     texts = []
 
     def noted(velocity, noise, **options):
-        calls = spy(monkeypatch, WanModel, "forward")
-        velocity(noise, 0.5)
+        with monkeypatch.context() as patch:
+            calls = spy(patch, WanModel, "forward")
+            velocity(noise, 0.5)
         texts.extend(context for _, _, _, context, *_ in calls)
         return noise
 
-    monkeypatch.setattr("turbodit.training.sla.solver_sample", noted)
+    monkeypatch.setattr("turbodit.training.preview.solver_sample", noted)
     train(sla_config(teacher, tmp_path, prompts=PROMPTS[:1], sample_every=1, steps=1))
-    conditional, unconditional = texts
-    assert not torch.equal(conditional, unconditional)
+    student, of_teacher = texts[:2], texts[2:]
+    for conditional, unconditional in (student, of_teacher):
+        assert not torch.equal(conditional, unconditional)
 
 
 def test_two_experts_share_a_samples_steps(folder, tmp_path, monkeypatch):
@@ -192,7 +195,9 @@ def test_two_experts_share_a_samples_steps(folder, tmp_path, monkeypatch):
     config = rcm_config(
         two, tmp_path, method="scm", steps=1, ema=(0.1,), sample_every=1, prompts=PROMPTS[:1]
     )
+    monkeypatch.setattr("turbodit.training.preview.solver_sample", two_steps)
     train(config)
-    sampled = [experts.at(t) is experts.high_noise for experts, t in asked[-8:]]
-    assert sampled == [True, True, False, False] * 2, "the student's and its average's"
-    assert len(list((tmp_path / "samples").glob("*.mp4"))) == 2
+    sampled = [experts.at(t) is experts.high_noise for experts, t in asked[-10:]]
+    both = [True, True, False, False]
+    assert sampled == [*both, *both, True, True], "the student's, its average's, the teacher's"
+    assert len(list((tmp_path / "samples").glob("*.mp4"))) == 3

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from tests.training.small_run import new_state
 from tests.training.tiny_training import (
     column,
     keys_of,
     log_of,
+    one_of_two_fails,
     rcm_config,
     resumable,
     sla_config,
@@ -22,6 +24,7 @@ from tests.training.tiny_training import (
     two_processes,
     weights,
 )
+from torch.multiprocessing import ProcessRaisedException
 
 from turbodit.checkpoints import load_transformer
 from turbodit.config import preset
@@ -305,3 +308,27 @@ def test_all_of_rcm_in_two_processes(together):
     assert all("nan/" not in name for entry in entries for name in entry)
     assert "dmd_distance" in entries[2] and "fake_loss" in entries[3]
     assert load_transformer(config.out / "transformer") is not None
+
+
+def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, teacher):
+    """After a checkpoint, in which all meet: the others are in the middle of an update."""
+    config = sla_config(teacher, tmp_path / "run", steps=6, save_every=2)
+    with pytest.raises(ProcessRaisedException, match="one process fails"):
+        one_of_two_fails(tmp_path, config)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, teacher):
+    config = sla_config(teacher, tmp_path, steps=1)
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another run is writing"):
+        train(config)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="expected a folder"):
+        train(sla_config(teacher, tmp_path / "file"))
+
+
+def test_a_run_that_has_diverged_ends(tmp_path, teacher, monkeypatch):
+    monkeypatch.setattr("turbodit.training.session.MOST_SKIPPED", 2)
+    config = sla_config(teacher, tmp_path, steps=9, lr=1e30)
+    with pytest.raises(FloatingPointError, match="student is nan, for 2 updates in a row"):
+        train(config)
+    assert not (tmp_path / "transformer").exists()

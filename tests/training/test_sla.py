@@ -23,7 +23,8 @@ from turbodit.attention import SparseLinearAttention
 from turbodit.checkpoints import load_transformer
 from turbodit.model.wan import WanModel
 from turbodit.training import losses, sla
-from turbodit.training.data import LatentDataset
+from turbodit.training.data import LatentDataset, reader
+from turbodit.training.data.shards import BrokenSample, sample_key
 from turbodit.training.setup import Run
 
 LINEAR_BRANCH = "proj_l"
@@ -354,3 +355,19 @@ def test_a_finished_run_is_exported_again_and_not_trained(teacher, tmp_path):
     after = weights(tmp_path / "transformer")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert log_of(config) == told
+
+
+def test_broken_samples_of_the_data_are_in_the_log(teacher, tmp_path, monkeypatch):
+    read = reader.read_sample
+
+    def broken_second(path, entry, **options):
+        if entry.key == sample_key(1):
+            raise BrokenSample("cut short")
+        return read(path, entry, **options)
+
+    monkeypatch.setattr(reader, "read_sample", broken_second)
+    only_logs(monkeypatch)
+    config = sla_config(teacher, tmp_path)
+    with pytest.warns(UserWarning, match="cut short"):
+        sla.train(config)
+    assert column(config, "broken_samples")[-1] >= 1

@@ -149,6 +149,32 @@ def two_processes(folder: Path, cases: dict[str, tuple[TrainConfig, bool]]) -> N
     mp.spawn(_process, (folder, cases), nprocs=2)
 
 
+def one_of_two_fails(folder: Path, config: TrainConfig) -> None:
+    """Raises what the failing process raises; a TimeoutError if they wait for each other."""
+    context = mp.spawn(_fail_alone, (folder, config), nprocs=2, join=False)
+    try:
+        if not context.join(timeout=60):
+            raise TimeoutError("the processes wait for each other")
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
+def _fail_alone(rank: int, folder: Path, config: TrainConfig) -> None:
+    torch.set_num_threads(1)
+    update = Session.update
+
+    def failing(self: Session, *args: Any, **kwargs: Any) -> None:
+        if rank == 1 and self.step == 3:
+            raise RuntimeError("one process fails")
+        update(self, *args, **kwargs)
+
+    Session.update = failing  # type: ignore[method-assign]
+    store = f"file://{folder / 'store-fails'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    train(config)
+
+
 def keys_of(folder: Path, name: str, rank: int) -> list[list[str]]:
     """Keys of each batch that a process took."""
     return json.loads((folder / f"{name}-{rank}").read_text())

@@ -29,7 +29,7 @@ import torch
 
 from turbodit.checkpoints.keys import to_diffusers
 from turbodit.checkpoints.transformer import LINEAR_BRANCH, empty_transformer
-from turbodit.checkpoints.write import CONFIG_KEY, new_file
+from turbodit.checkpoints.write import CONFIG_KEY, new_file, write_file
 from turbodit.config import TransformerConfig
 from turbodit.weights import LazyTensor, LazyWeights, lazy_weights, listing, read_metadata
 
@@ -135,13 +135,10 @@ def write_lora(
         ValueError: unknown names, or nothing to write.
         OSError: it cannot be written.
     """
-    from safetensors.torch import save_file
-
     if names not in get_args(Names):
         raise ValueError(f"unknown names {names!r}; supported: {', '.join(get_args(Names))}")
     if not factors:
         raise ValueError(f"{path}: there is no LoRA to write")
-    metadata = {"format": "pt", CONFIG_KEY: json.dumps(stated)}
     tensors: dict[str, torch.Tensor] = {}
     for layer, (down, up) in factors.items():
         if names == "diffusers":
@@ -151,12 +148,12 @@ def write_lora(
             prefix = f"diffusion_model.{layer}"
             tensors |= {f"{prefix}.lora_down.weight": down, f"{prefix}.lora_up.weight": up}
             tensors[f"{prefix}.alpha"] = torch.tensor(float(alpha))
-    if names == "diffusers":
-        metadata[PEFT_KEY] = json.dumps(_peft_config(factors, alpha))
+    peft = {PEFT_KEY: json.dumps(_peft_config(factors, alpha))} if names == "diffusers" else {}
     prefix = "transformer." if names == "diffusers" else "diffusion_model."
     tensors |= {prefix + name: tensor for name, tensor in linear_branch.items()}
+    weights = {name: LazyTensor.of(tensor) for name, tensor in tensors.items()}
     with new_file(path) as partial:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, metadata)
+        write_file(partial, weights, stated, metadata=peft)
 
 
 def _layers(config: TransformerConfig) -> dict[str, str]:

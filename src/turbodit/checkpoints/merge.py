@@ -109,7 +109,8 @@ def merge_difference(
         FileNotFoundError: nothing there, or a part of it is missing.
         FileExistsError: `target` is there, and not to be replaced.
         ValueError: a file that does not load or is quantised, architectures that differ, several
-            transformers in one model, a target that is a source, or results that are not finite.
+            transformers in one model, a target that is a source, lies in one or holds one, or
+            results that are not finite.
         OSError: not enough space on the disk, or it cannot be written.
     """
     if not math.isfinite(weight):

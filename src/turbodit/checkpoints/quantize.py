@@ -73,8 +73,8 @@ def quantize_file(
         FileNotFoundError: nothing at `source`, or a part of it is missing.
         FileExistsError: `target` is there, and not to be replaced.
         ValueError: unknown format or device, a source that does not load, NaN or infinite
-            weights, a target that is the source or no safetensors file, or a single file
-            for two transformers.
+            weights, a target that is the source, lies in it or holds it, or is no safetensors
+            file, or a single file for two transformers.
         OSError: not enough space on the disk, or it cannot be written.
     """
     format = linear_format(format)

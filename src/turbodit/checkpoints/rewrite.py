@@ -48,7 +48,8 @@ def check_target(
 
     Raises:
         FileExistsError: it is there, and not to be replaced.
-        ValueError: it is a source, no safetensors file, or one file for several transformers.
+        ValueError: it is a source, lies in one or holds one; it is no safetensors file, or one
+            file for several transformers.
     """
     if target.suffix in PICKLE_SUFFIXES:
         raise ValueError(f"{target}: a {done} model is a .safetensors file or a folder")
@@ -57,9 +58,9 @@ def check_target(
             f"{target} is one file, but there are {len(names)} transformers "
             f"({', '.join(names)}); give a folder"
         )
-    parts = {place(target, name).resolve() for name in names}
-    if any(source.resolve() in parts for source in sources):
-        raise ValueError(f"{target} is what is to be {done}; give another output")
+    for source in sources:
+        for part in (place(target, name) for name in names):
+            _check_apart(part, source, done)
     if not target.exists():
         return
     if target.is_dir() == is_file(target):
@@ -67,6 +68,35 @@ def check_target(
         raise FileExistsError(f"{target} is a {kind}; refusing to replace it")
     if not force and (is_file(target) or any(target.iterdir())):
         raise FileExistsError(f"{target} exists already; --force (force=True) replaces it")
+
+
+def _check_apart(part: Path, source: Path, done: str) -> None:
+    """Raise a ValueError where writing `part`, a file or a folder, would change `source`.
+
+    A file's name and the file that it links to both count.
+    """
+    another = f"which is to be {done}; give another output"
+    if part.resolve() == source.resolve():
+        raise ValueError(f"{part} is what is to be {done}; give another output")
+    files = [path for path in source.iterdir() if path.is_file()] if source.is_dir() else [source]
+    if is_file(part):
+        if _names(part) & {name for file in files for name in _names(file)}:
+            raise ValueError(f"{part} is a file of {source}, {another}")
+        if source.is_dir() and source.resolve() in _homes(part):
+            raise ValueError(f"{part} lies in {source}, {another}")
+        return
+    within = [file for file in files if part.resolve() in _homes(file)]
+    if within:
+        raise ValueError(f"{part} holds {within[0]}, {another}")
+
+
+def _names(file: Path) -> set[Path]:
+    """The absolute paths of a file and, if it is a link, of what it links to."""
+    return {file.parent.resolve() / file.name, file.resolve()}
+
+
+def _homes(file: Path) -> set[Path]:
+    return {name.parent for name in _names(file)}
 
 
 def check_space(target: Path, size: int) -> None:

@@ -1,7 +1,9 @@
 """Writing safetensors files tensor by tensor, so that no model is held as a whole.
 
 Everything goes to a temporary name first. What is at the final one is complete, also if the
-process is killed or the disk is full.
+process is killed or the disk is full. What a killed process leaves, the next one that writes the
+same target removes; it is told from what another process is still writing by a lock, which the
+system takes from a process that ends, however it ends.
 """
 
 from __future__ import annotations
@@ -9,12 +11,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -30,19 +34,27 @@ Advance = Callable[[], None]  # called when a tensor is written
 
 
 def write_file(
-    path: Path, weights: LazyWeights, config: Mapping[str, Any], advance: Advance = lambda: None
+    path: Path,
+    weights: LazyWeights,
+    config: Mapping[str, Any],
+    advance: Advance = lambda: None,
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """One safetensors file with `config` in its metadata.
 
     Tensors are read in the order of `weights`. In the file those of wide dtypes come first,
     so that all are aligned.
 
+    Args:
+        metadata: what else is in it.
+
     Raises:
         ValueError: a dtype that safetensors does not have.
         OSError: it cannot be written; an incomplete file is left.
     """
     places, size = _places(weights)
-    header = _header(weights, places, config)
+    header = _header(weights, places, {CONFIG_KEY: json.dumps(config), **(metadata or {})})
     with _explained(path, len(header) + size), path.open("wb") as file:
         file.write(header)
         for name, tensor in weights.items():
@@ -75,14 +87,14 @@ def write_folder(
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` that becomes `path` on success and vanishes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    """A temporary name that becomes `path` on success and vanishes otherwise.
+
+    Raises:
+        OSError: it cannot be written; errors about the temporary name speak of `path`.
+    """
+    with _new(path, path.parent) as partial:
         yield partial
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -90,12 +102,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """An empty folder that becomes `folder` on success and vanishes otherwise.
 
     Where `folder` exists, its weights are replaced, in sub-folders too, and other files stay.
+
+    Raises:
+        OSError: it cannot be written; errors about the temporary name speak of `folder`.
     """
     fresh = not folder.exists()
-    home = folder.parent if fresh else folder
-    home.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=home, prefix=f".{folder.name}.partial-") as name:
-        partial = Path(name) / "new"  # with the usual permissions, which `name` has not
+    with _new(folder, folder.parent if fresh else folder) as partial:
         partial.mkdir()
         yield partial
         if fresh:
@@ -104,16 +116,94 @@ def new_folder(folder: Path) -> Iterator[Path]:
             _replace_weights(folder, partial)
 
 
+@contextmanager
+def _new(target: Path, home: Path) -> Iterator[Path]:
+    """A name within a hidden folder in `home`; the folder vanishes in the end."""
+    home.mkdir(parents=True, exist_ok=True)
+    _remove_left_behind(target)
+    hidden = home / f".{target.name}.partial-{secrets.token_hex(4)}"
+    unlocked = hidden.with_name(f"{hidden.name}.new")
+    with _speaking_of(target, hidden / "new", unlocked, hidden):
+        unlocked.mkdir()
+        lock = _lock(unlocked)
+        try:
+            os.replace(unlocked, hidden)  # under this name others find it, so it is locked first
+            yield hidden / "new"
+        finally:
+            for folder in (hidden, unlocked):
+                shutil.rmtree(folder, ignore_errors=True)  # if not now, then by the next process
+            if lock is not None:
+                lock.close()
+
+
+def _remove_left_behind(target: Path) -> None:
+    """Remove the hidden folders of processes that were killed while they wrote `target`."""
+    for home in (target.parent, target):
+        for hidden in home.glob(f".{escape(target.name)}.partial-????????"):
+            lock = _lock(hidden)
+            if lock is not None:
+                shutil.rmtree(hidden, ignore_errors=True)
+                lock.close()
+
+
+def _lock(hidden: Path) -> IO[str] | None:
+    """The file whose lock says that a hidden folder is in use; it has to stay open.
+
+    None where another process has it, or where there are no locks, as on some network disks: there
+    nobody gets one, so nothing is removed.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        file = (hidden / "lock").open("a")
+    except OSError:  # it is gone, or another user's
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+@contextmanager
+def _speaking_of(target: Path, *hidden: Path) -> Iterator[None]:
+    """Put the target's name into errors of the file system, in place of the hidden ones."""
+
+    def plain(text: object) -> str:
+        found = str(text)
+        for path in hidden:
+            found = found.replace(str(path), str(target))
+        return found
+
+    try:
+        yield
+    except OSError as error:
+        if plain(error) == str(error):
+            raise
+        name = None if error.filename is None else plain(error.filename)
+        raise OSError(error.errno, plain(error.strerror or error), name) from error
+
+
 def _replace_weights(folder: Path, new: Path) -> None:
+    """Move what is in `new` into `folder`; the weights there that it does not replace are removed.
+
+    That comes last: there is no moment without weights.
+    """
     folder.mkdir(exist_ok=True)
-    if (new / "config.json").exists():
-        for old in folder.glob(f"{WEIGHTS_NAME}*"):
-            old.unlink()
-    for entry in new.iterdir():
+    entries = sorted(new.iterdir(), key=lambda entry: (entry.suffix == ".json", entry.name))
+    names = {entry.name for entry in entries}
+    for entry in entries:  # an index after the files that it names
         if entry.is_dir():
             _replace_weights(folder / entry.name, entry)
         else:
             os.replace(entry, folder / entry.name)
+    if "config.json" in names:
+        for old in folder.glob(f"{WEIGHTS_NAME}*"):
+            if old.name not in names:
+                old.unlink(missing_ok=True)
 
 
 def _places(weights: LazyWeights) -> tuple[dict[str, int], int]:
@@ -125,10 +215,9 @@ def _places(weights: LazyWeights) -> tuple[dict[str, int], int]:
     return places, end
 
 
-def _header(weights: LazyWeights, places: Mapping[str, int], config: Mapping[str, Any]) -> bytes:
+def _header(weights: LazyWeights, places: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
     """The length of the header, and the header itself."""
-    metadata = {"format": "pt", CONFIG_KEY: json.dumps(config)}
-    entries: dict[str, Any] = {"__metadata__": metadata}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     for name, place in places.items():
         tensor = weights[name]
         if tensor.dtype not in DTYPE_NAMES:
@@ -150,7 +239,9 @@ def _bytes(name: str, lazy: LazyTensor) -> memoryview:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    text = json.dumps(content, indent=2) + "\n"
+    with _explained(path, len(text)):
+        path.write_text(text)
 
 
 @contextmanager

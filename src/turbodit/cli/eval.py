@@ -196,12 +196,12 @@ class Videos(Evaluation):
         from turbodit.evaluation.no_reference import describe, load_opencv
         from turbodit.evaluation.read import find_videos, read_frames
 
+        videos = find_videos(self.folder)
         if not self.no_flow:
             try:
                 load_opencv()
             except ValueError as error:
                 raise ValueError(f"{error}; --no-flow leaves it out") from error
-        videos = find_videos(self.folder)
         rows = {}
         for done, (name, path) in enumerate(videos.items()):
             bars("videos", done, len(videos))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -94,6 +95,21 @@ class Merge:
             )
         if not self.lora and None in pair:
             raise ValueError("merge needs --diff-base and --diff-target, or --lora")
+        if self.report is not None:
+            self._check_report(self.report)
+
+    def _check_report(self, report: Path) -> None:
+        """Raise where the report could not be written, or would replace what it is about."""
+        if report.is_dir():
+            raise IsADirectoryError(f"--report {report} is a folder; expected a file")
+        home = next(path for path in report.absolute().parents if path.exists())
+        if not home.is_dir() or not os.access(home, os.W_OK):
+            raise OSError(f"cannot write --report {report}: {home} is no folder to write to")
+        models = [self.base, self.diff_base, self.diff_target, self.output]
+        files = [Path(model) for model in models if model is not None]
+        files += [file for file, _ in map(parse_lora, self.lora)]
+        if report.resolve() in {file.resolve() for file in files}:
+            raise ValueError(f"--report {report} is a model of this merge; give another file")
 
     def _inputs(self) -> dict[str, Any]:
         """The flags that say what was merged."""
@@ -120,10 +136,17 @@ class Merge:
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """ "FILE" or "FILE:0.8" -> path and strength; what follows a colon and is no number is the
-    path's."""
-    path, _, strength = text.rpartition(":")
+    """ "FILE" or "FILE:0.8" -> path and strength. Colons may be the path's own.
+
+    Raises:
+        ValueError: no number behind the colon of a file that exists.
+    """
+    path, colon, strength = text.rpartition(":")
+    if not colon or Path(text).is_file():
+        return Path(text), 1.0
     try:
         return Path(path), float(strength)
     except ValueError:
+        if Path(path).is_file():
+            raise ValueError(f"the strength of {path} must be a number, got {strength!r}") from None
         return Path(text), 1.0

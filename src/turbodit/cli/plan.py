@@ -24,7 +24,7 @@ def _flag(metavar: str) -> Any:
 
 INFERENCE = ("linear", "residual", "no_graph")
 TRAINING = ("gpus", "context_parallel", "fsdp", "batch", "part", "rank", "checkpointing",
-            "master_weights", "both_experts")  # fmt: skip
+            "no_master_weights", "both_experts")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class PlanCommand:
     """Of a LoRA. Default: 32."""
     checkpointing: Annotated[Literal["none", "selective", "block"] | None, _flag("NAME")] = None
     """Which activations are computed again: none, selective or block (the default)."""
-    master_weights: Switch = False
-    """Weights stored in float32."""
+    no_master_weights: Switch = False
+    """What trains is stored in bfloat16, not in float32."""
     both_experts: Switch = False
     """Of a model that has two, both in one run of rcm; otherwise one."""
 
@@ -101,7 +101,9 @@ class PlanCommand:
         video: dict[str, Any] = {"model": model, "width": width, "height": height, "frames": frames}
         given = self._given("attention", "ratio")
         if self.train:
-            return Training(**video, method=self.train, **given, **self._given(*TRAINING)).plan()
+            given |= self._given(*TRAINING)
+            master = not given.pop("no_master_weights", False)
+            return Training(**video, method=self.train, master_weights=master, **given).plan()
         given |= self._given("linear", "residual")
         return Inference(**video, graph=not self.no_graph, **given).plan()
 

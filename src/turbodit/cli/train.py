@@ -6,6 +6,7 @@ The recipe gives every flag its default, so it is looked up before the flags are
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,12 +21,18 @@ from turbodit.recipes import RCM, SLA
 from turbodit.training.config import RCMConfig, SLAConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from turbodit.config import ModelConfig
     from turbodit.plan import Plan
 
 DEFAULT_RECIPE = "spritewan"
 SPRITEWORLD = "spriteworld:"  # before a number of clips
 
 Config = TypeVar("Config", bound=TrainConfig)
+
+
+def _recipe_flag(recipes: Collection[str]) -> Any:
+    supported = ", ".join(recipes)
+    return arg(metavar="NAME", help=f"What the other flags' defaults are, by model: {supported}.")
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,7 @@ class TrainSLA:
     """
 
     config: SLAConfig
-    recipe: Annotated[str, arg(metavar="NAME")] = DEFAULT_RECIPE
-    """What the other flags' defaults are: a model's name."""
+    recipe: Annotated[str, _recipe_flag(SLA)] = DEFAULT_RECIPE
     dry_run: Switch = False
     """Show the configuration and what it takes of memory; train nothing."""
     debug: Switch = False
@@ -46,7 +52,7 @@ class TrainSLA:
     def run(self) -> None:
         """Train, or show what would be."""
         if self.dry_run:
-            show(self.config, "sla")
+            show(self.config)
             return
         from turbodit.training.sla import train
 
@@ -61,8 +67,7 @@ class TrainRCM:
     """
 
     config: RCMConfig
-    recipe: Annotated[str, arg(metavar="NAME")] = DEFAULT_RECIPE
-    """What the other flags' defaults are: a model's name."""
+    recipe: Annotated[str, _recipe_flag(RCM)] = DEFAULT_RECIPE
     dry_run: Switch = False
     """Show the configuration and what it takes of memory; train nothing."""
     debug: Switch = False
@@ -71,7 +76,7 @@ class TrainRCM:
     def run(self) -> None:
         """Train, or show what would be."""
         if self.dry_run:
-            show(self.config, "rcm")
+            show(self.config)
             return
         from turbodit.training.rcm import train
 
@@ -127,28 +132,38 @@ def _sprite_data(config: TrainConfig, number: str) -> Path:
     return folder
 
 
-def show(config: TrainConfig, method: str) -> None:
-    """Print the configuration and, of a model that has a name, the plan of its memory."""
+def show(config: SLAConfig | RCMConfig) -> None:
+    """Print the configuration and, of a model that has a name, the plan of its memory.
+
+    Of the processes that torchrun started the first one prints.
+
+    Raises:
+        ValueError: a configuration that the model cannot be trained with.
+    """
     from turbodit.cli.plan import show as show_plan
     from turbodit.config import preset
 
+    try:
+        model = preset(config.model)
+    except ValueError:
+        model = None
+    if model is not None:
+        config.check_model(model)
+    if os.environ.get("RANK", "0") != "0":  # torchrun's
+        return
     table = Table("flag", "value")
     for name, value in asdict(config).items():
         table.add_row(name.replace("_", "-"), json.dumps(value, default=str, ensure_ascii=False))
     Console().print(table)
-    try:
-        preset(config.model)
-    except ValueError:
+    if model is None:
         print(f"no plan of memory: {config.model} is none of the models with a name")
         return
-    show_plan(_plan(config, method))
+    show_plan(_plan(config, model))
 
 
-def _plan(config: TrainConfig, method: str) -> Plan:
-    from turbodit.config import preset
+def _plan(config: SLAConfig | RCMConfig, model: ModelConfig) -> Plan:
     from turbodit.plan import Training
 
-    model = preset(config.model)
     width, height = next(iter(next(iter(model.sizes.values())).values()))
     shards = (config.shard or 1) * config.context
     return Training(
@@ -156,16 +171,34 @@ def _plan(config: TrainConfig, method: str) -> Plan:
         width,
         height,
         model.frames,
-        method=method,  # type: ignore[arg-type]
         gpus=shards * config.replicate,
         context_parallel=config.context,
         fsdp=shards,
         batch=config.batch,
-        part=getattr(config, "train", "full"),
         checkpointing=config.checkpointing,
         master_weights=config.master_weights,
         both_experts=model.experts == 2 and config.expert is None,
+        averages=len(config.ema),
+        **(_of_sla(config) if isinstance(config, SLAConfig) else _of_rcm(config)),
     ).plan()
+
+
+def _of_sla(config: SLAConfig) -> dict[str, Any]:
+    """What the plan needs to know of this method alone."""
+    return {
+        "method": "sla",
+        "objective": config.objective,
+        "part": config.train,
+        "rank": config.lora_rank,
+        "ratio": config.ratio,
+    }
+
+
+def _of_rcm(config: RCMConfig) -> dict[str, Any]:
+    """What the plan needs to know of this method alone."""
+    joint = {} if config.joint_ratio is None else {"attention": "sla", "ratio": config.joint_ratio}
+    turns = {"student_every": config.student_every, "rollout_steps": config.rollout_steps}
+    return {"method": config.method, **turns, **joint}
 
 
 def _recipe(method: str, recipes: Collection[str], arguments: Sequence[str]) -> str:

@@ -5,9 +5,10 @@ What each network holds, per parameter, divided over the processes that share on
     stored     bfloat16 with the few float32 parameters of Wan, or float32 (master weights)
     gradient   in the dtype it is stored in, of what trains
     AdamW      two moments, in the dtype it is stored in, of what trains
-    EMA        float32, of what trains
+    EMA        float32, of what trains, once for each average
 
-The student has all of these; a teacher only the first; a fake score (rCM) all but the EMA.
+The student has all of these. A teacher, which all but black-box fine-tuning need, has only the
+first, in bfloat16; a fake score, which DMD needs, all but the EMA.
 
 Activations of a block that are kept for its backward pass, bytes per token, were counted from
 what autograd saves (float32 norms, bfloat16 products):
@@ -38,7 +39,8 @@ from turbodit.plan.weights import (
     trained_parameters,
 )
 
-Method = Literal["sla", "rcm"]
+Method = Literal["sla", "rcm", "scm", "dmd", "dcm"]
+Objective = Literal["white-box", "black-box"]
 Checkpointing = Literal["none", "selective", "block"]
 
 KEPT_D, KEPT_F = 72, 4
@@ -51,11 +53,10 @@ GATHERED = 2  # blocks whose weights are whole at a time: the one at work, and t
 # A student's forward pass with gradient, in plain forward passes: itself, its recomputation, and
 # a backward pass of 2 for products and 2.6 to 3 for attention.
 RECOMPUTED, BACKWARD = 1.0, 2.5
-# A Jacobian-vector product: the pass itself, and twice its work for the tangents.
-JVP = 3.0
-ROLLOUT = 2.5  # mean steps of 1 to 4, the last with gradient in the student's phase
-FAKE_UPDATES = {True: 4, False: 9}  # fake-score phases per student phase: small models; 14B
-LARGE = 5120  # width from which on rCM updates the student every 10th time, not every 5th
+# A Jacobian-vector product in plain forward passes: itself and its tangents. 1.24 s for the 1.3B at
+# 480p on an H100, where a plain pass is reckoned to take 0.50.
+JVP = 2.5
+LARGE = 5120  # width from which on the recipes of rCM update the student every 10th time
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Training:
     """One method on one model.
 
     Attributes:
-        method: "sla", white-box fine-tuning; "rcm", sCM and DMD.
+        method: "sla", fine-tuning; "rcm", sCM and DMD; "scm" or "dmd" alone; "dcm", consistency in
+            discrete time.
         gpus: processes, one for each GPU.
         context_parallel: processes that share the tokens of their samples.
         fsdp: processes that share one copy of the weights; None: all.
@@ -72,12 +74,19 @@ class Training:
         part: what of the student trains.
         rank: of a LoRA.
         checkpointing: which activations are computed again.
-        master_weights: weights stored in float32.
+        master_weights: weights stored in float32, otherwise in bfloat16.
+        ratio: share of the key blocks that sparse attention keeps.
         both_experts: both experts of a model that has two, trained in one run; otherwise one is.
+        objective: of "sla": "white-box", the teacher's velocity, or "black-box", without one.
+        averages: of the student's weights, kept side by side.
+        student_every: with DMD, one in so many updates is the student's, and the others the fake
+            score's. None: 5, or 10 of the largest models, as the recipes have it.
+        rollout_steps: most steps of DMD's roll-out, which takes 1, 2, ... in turns.
 
     Raises:
         ValueError: an unknown name, sizes that do not divide, a size of video that the model
-            cannot make, or two experts that are not there or not trained in one run.
+            cannot make, a ratio that is not in (0, 1], black-box distillation, or two experts that
+            are not there or not trained in one run.
     """
 
     model: ModelConfig
@@ -93,9 +102,13 @@ class Training:
     part: Trained = "full"
     rank: int = 32
     checkpointing: Checkpointing = "block"
-    master_weights: bool = False
+    master_weights: bool = True
     ratio: float = 0.1
     both_experts: bool = False
+    objective: Objective = "white-box"
+    averages: int = 1
+    student_every: int | None = None
+    rollout_steps: int = 4
 
     def __post_init__(self) -> None:
         check_size(self.model, self.width, self.height, self.frames)
@@ -103,16 +116,24 @@ class Training:
             ("method", self.method, Method),
             ("part", self.part, Trained),
             ("checkpointing", self.checkpointing, Checkpointing),
+            ("objective", self.objective, Objective),
         ):
             if got not in get_args(known):
                 raise ValueError(f"unknown {name} {got!r}; supported: {', '.join(get_args(known))}")
-        for name in ("gpus", "context_parallel", "batch", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.both_experts and (self.model.experts != 2 or self.method != "rcm"):
+        for name in ("gpus", "context_parallel", "batch", "rank", "student_every", "rollout_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.averages < 0:
+            raise ValueError(f"averages must be 0 or more, got {self.averages}")
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"the ratio must be in (0, 1], got {self.ratio}")
+        if not self.has_teacher and self.method != "sla":
+            raise ValueError(f"distillation needs a teacher: {self.method} is not black-box")
+        if self.both_experts and (self.model.experts != 2 or self.method in ("sla", "dcm")):
             raise ValueError(
-                f"both experts are trained in one run by rcm, of a model that has two; got "
-                f"{self.method} and {self.model.name}, which has {self.model.experts}"
+                f"both experts are trained in one run by rcm, scm and dmd, of a model that has "
+                f"two; got {self.method} and {self.model.name}, which has {self.model.experts}"
             )
         self._check_mesh()
         attention_cost(self.student_attention)
@@ -124,6 +145,14 @@ class Training:
     @property
     def student_attention(self) -> str:
         return self.attention or ("sla" if self.method == "sla" else "sdpa")
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.objective == "white-box"
+
+    @property
+    def has_fake_score(self) -> bool:
+        return self.method in ("rcm", "dmd")
 
     @property
     def shards(self) -> int:
@@ -152,10 +181,11 @@ class Training:
             "student: weights": self._shard(stored + beside),
             "student: gradients": self._shard(trained),
             "student: AdamW": self._shard(2 * trained),
-            "student: EMA": self._shard(FULL * number),
-            "teacher: weights": self._shard(count(c, False).bytes()),
+            "student: EMA": self._shard(self.averages * FULL * number),
         }
-        if self.method == "rcm":
+        if self.has_teacher:
+            parts["teacher: weights"] = self._shard(count(c, False).bytes())
+        if self.has_fake_score:
             fake = self._stored(False)
             parts |= {
                 "fake score: weights": self._shard(fake),
@@ -180,16 +210,22 @@ class Training:
         student, dense = forward(self.student_attention), forward("sdpa")
         trained = 1 + BACKWARD + (RECOMPUTED if self.checkpointing != "none" else 0)
         if self.method == "sla":
-            return {"an update on H100s": dense + trained * student}
+            return {"an update on H100s": self.has_teacher * dense + trained * student}
         guided = 2 * dense
-        consistency = guided + (JVP + trained) * student
-        matching = (ROLLOUT - 1 + trained) * student + guided + dense
-        fake = ROLLOUT * student + trained * dense
-        others = FAKE_UPDATES[c.dim < LARGE]
+        of_student = 0.0
+        if self.method != "dmd":
+            without_gradient = 1.0 if self.method == "dcm" else JVP
+            of_student += guided + (without_gradient + trained) * student
+        if not self.has_fake_score:
+            return {"an update on H100s": of_student}
+        rollout = (1 + self.rollout_steps) / 2  # steps, on average
+        of_student += (rollout - 1 + trained) * student + guided + dense
+        fake = rollout * student + trained * dense
+        every = self.student_every or (10 if c.dim >= LARGE else 5)
         return {
-            "a student's update on H100s": consistency + matching,
+            "a student's update on H100s": of_student,
             "a fake score's update on H100s": fake,
-            "the mean update on H100s": (consistency + matching + others * fake) / (others + 1),
+            "the mean update on H100s": (of_student + (every - 1) * fake) / every,
         }
 
     @property
@@ -252,10 +288,12 @@ class Training:
 
 
 NOTES = (
-    "Estimates from counts of tensors. Measured was the 1.3B at 832x480 on one H100, batch 1: SLA "
-    "1.51 s (1.35 reckoned), rCM's student 10.0 s (9.3) and fake score 3.5 s (3.5); memory was a "
-    "quarter lower than reckoned.",
+    "Estimates from counts of tensors. Measured was the 1.3B at 832x480 on one H100, batch 1, with "
+    "master weights and without averages: SLA 1.93 s (1.35 reckoned; 1.51 in an earlier form of "
+    "the code) and 28.7 GiB (36.9); rCM with roll-outs of two steps: the student 9.98 s (8.8), the "
+    "fake score 3.90 s (3.3), 44.4 GiB (58.1).",
     "One network's backward pass is in memory at a time; text embeddings and latents are read "
-    "from files, so that no encoder and no VAE is.",
+    "from files. Not counted: the VAE, which runs with samples keep on every GPU, and the text "
+    "encoder, which reads the prompts at the start.",
     "Seconds: from the rates of inference on one H100, without communication.",
 )

@@ -10,7 +10,7 @@ from turbodit.training.config import Expert, SLAConfig
 
 
 def spritewan() -> SLAConfig:
-    """The embedded model: on a CPU a first look, on a GPU the one that ships, in minutes."""
+    """The embedded model: a first look on a CPU; on a GPU with a batch of 128, minutes."""
     return SLAConfig(
         model="spritewan-teacher",
         data=("spriteworld:16",),

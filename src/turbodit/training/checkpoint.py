@@ -15,14 +15,18 @@ process can't, so another number of them starts its data and random numbers anew
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -42,12 +46,22 @@ from turbodit.checkpoints.write import new_file, new_folder
 from turbodit.distributed.mesh import Mesh, seed_everything
 from turbodit.model.wan import WanModel
 from turbodit.quantization import check_no_lora
+from turbodit.training.checkpoint_reader import CheckpointReader
 from turbodit.training.ema import PowerEMA
 from turbodit.weights import LazyTensor, listing
 
 Tensors = dict[str, torch.Tensor]
 PATTERN = "step-*"
 DONE = -1  # in place of the number of a tensor
+DAMAGE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    UnpicklingError,
+    KeyError,
+    AttributeError,
+    CheckpointException,
+)
 
 
 class Stateful(Protocol):
@@ -70,6 +84,7 @@ class TrainState:
         common: such generators that are alike in all processes.
         data: the reader of this process's samples.
         step: number of updates so far.
+        identity: settings by name that stay as they are for as long as the run goes on.
     """
 
     models: Mapping[str, nn.Module]
@@ -79,6 +94,7 @@ class TrainState:
     common: Mapping[str, torch.Generator] = field(default_factory=dict)
     data: Stateful | None = None
     step: int = 0
+    identity: Mapping[str, str] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -103,9 +119,18 @@ class Checkpoints:
 
     @property
     def latest(self) -> Path | None:
-        """The last complete checkpoint; None before the first."""
+        """The last complete checkpoint; None before the first.
+
+        Raises:
+            ValueError: the file that names it holds something else.
+        """
         pointer = self.folder / "latest"
-        return self.folder / pointer.read_text().strip() if pointer.exists() else None
+        if not pointer.exists():
+            return None
+        name = pointer.read_bytes().decode(errors="replace").strip()
+        if not re.fullmatch(r"step-\d+", name):
+            raise ValueError(f"{pointer} holds {name!r:.40}, expected a name; {self._advice}")
+        return self.folder / name
 
     def save(self, state: TrainState) -> None:
         """Copy `state` to the CPU now, and write it in the background.
@@ -127,7 +152,13 @@ class Checkpoints:
             self._clear()
             temporary.mkdir(parents=True)
         dist.barrier(self._group)
-        self._write_own(state, temporary / self._own_name)
+        try:
+            self._write_own(state, temporary / self._own_name)
+        except OSError as error:
+            explained = self._unwritten(error, final)
+            if self.mesh.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise explained from error
         tensors = {**_tensors(state), **_all_optimizer_tensors(state)}
         future = dcp.async_save(tensors, checkpoint_id=temporary, process_group=self._group)
         assert isinstance(future, Future)
@@ -144,10 +175,18 @@ class Checkpoints:
             pending.result()
             dist.barrier(self._group)  # the first process has renamed it
 
-    def close(self) -> None:
-        """`wait`, and end the thread."""
+    def close(self, *, together: bool = True) -> None:
+        """`wait`, and end the thread.
+
+        Args:
+            together: all processes close. False: this one has failed, and waits for none that
+                has not.
+        """
         try:
-            self.wait()
+            if together:
+                self.wait()
+            elif self._pending is not None:
+                self._pending.result()
         finally:
             self._thread.shutdown()
 
@@ -156,27 +195,29 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: `latest` names a checkpoint that is not there.
-            ValueError: it is one of other models, averages or optimizers; an optimizer of other
-                parameters than its model's.
+            ValueError: it is damaged, or one of another identity, or of other models, averages
+                or optimizers; an optimizer of other parameters than its model's.
         """
         source = self.latest
         if source is None:
             return False
         if not source.is_dir():
             raise FileNotFoundError(
-                f"no checkpoint {source}, which {self.folder / 'latest'} names; write the name "
-                f"of another one into it, or remove it to start anew"
+                f"no checkpoint {source}, which {self.folder / 'latest'} names; {self._advice}"
             )
-        stored = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
+        reader = CheckpointReader(source)
+        with self._damage(source):
+            own = self._read_own(source)
+            stored = reader.read_metadata().state_dict_metadata
+        # Earlier versions kept no identity.
+        _check_identity(own.get("identity", state.identity), state.identity, source)
         optimizers = _empty_optimizer_tensors(state, stored)
         tensors = {**_tensors(state), **optimizers}
         _check(tensors, stored, source)
-        dcp.load(tensors, checkpoint_id=source, process_group=self._group)
-        own = self._read_own(source)
+        with self._damage(source):
+            dcp.load(tensors, storage_reader=reader, process_group=self._group)
         for name, optimizer in state.optimizers.items():
-            _fill(
-                optimizer, f"optimizers.{name}.", state.models[name], tensors, own["groups"][name]
-            )
+            _fill(optimizer, f"optimizers.{name}.", state.models[name], tensors)
         for name, generator in state.common.items():
             generator.set_state(own["common"][name])
         state.step = own["step"]
@@ -196,23 +237,23 @@ class Checkpoints:
         return [self.mesh.data_count, self.mesh.context]
 
     def _write_own(self, state: TrainState, path: Path) -> None:
-        torch.save(self._own_state(state), path)
+        content = BytesIO()  # first, as torch.save does not tell that a disk is full
+        torch.save(self._own_state(state), content)
+        content.seek(0)
         try:
-            _read(path)
+            _read(content)
         except UnpicklingError as error:  # better now than when it is needed
             raise ValueError(
                 "the position in the data must be made of tensors, numbers, strings, lists and "
                 f"dicts, got more than that in {self._own_state(state)['data']!r:.200}"
             ) from error
+        path.write_bytes(content.getbuffer())
 
     def _own_state(self, state: TrainState) -> dict[str, Any]:
         return {
             "step": state.step,
             "mesh": self._mesh_sizes,
-            "groups": {
-                name: optimizer.state_dict()["param_groups"]
-                for name, optimizer in state.optimizers.items()
-            },
+            "identity": dict(state.identity),
             "random": _random_state(self.mesh.device),
             "generators": {name: g.get_state() for name, g in state.generators.items()},
             "common": {name: g.get_state() for name, g in state.common.items()},
@@ -253,9 +294,10 @@ class Checkpoints:
         try:
             future.result()
         except CheckpointException as error:
+            explained = self._explained(error, final)
             if self.mesh.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise self._explained(error, final) from error
+            raise explained from error
         if not self.mesh.is_first:
             return
         if final.exists():  # left by a run that was stopped before it moved `latest`
@@ -269,12 +311,40 @@ class Checkpoints:
 
     def _explained(self, error: CheckpointException, final: Path) -> BaseException:
         """The first process's error of the file system, if that is what it was."""
-        causes = (cause for cause, _ in error.failures.values())
-        cause = next((cause for cause in causes if isinstance(cause, OSError)), None)
-        if cause is None:
-            return error
+        causes = [cause for cause, _ in error.failures.values()]
+        # torch's own writer of tensors tells of a full disk by a RuntimeError.
+        for kind in (OSError, RuntimeError):
+            for cause in causes:
+                if isinstance(cause, kind):
+                    return self._unwritten(cause, final)
+        return error
+
+    def _unwritten(self, cause: OSError | RuntimeError, final: Path) -> OSError:
+        number = cause.errno if isinstance(cause, OSError) else errno.EIO
+        reason = cause.strerror if isinstance(cause, OSError) else str(cause).splitlines()[0]
+        free = shutil.disk_usage(self.folder).free
         kept = "none is complete" if self.latest is None else f"the last complete is {self.latest}"
-        return OSError(cause.errno, f"cannot write checkpoint {final}: {cause.strerror}; {kept}")
+        return OSError(
+            number, f"cannot write checkpoint {final}: {reason} ({free:,} bytes are free); {kept}"
+        )
+
+    @contextmanager
+    def _damage(self, source: Path) -> Iterator[None]:
+        """Say of whatever is wrong in the files of `source` that they are damaged."""
+        try:
+            yield
+        except DAMAGE as error:
+            cause: BaseException = error
+            if isinstance(error, CheckpointException) and error.failures:
+                cause = next(iter(error.failures.values()))[0]
+            what = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            raise ValueError(f"checkpoint {source} is damaged ({what}); {self._advice}") from error
+
+    @property
+    def _advice(self) -> str:
+        names = sorted(path.name for path in self.folder.glob(PATTERN))
+        there = f"the name of another one ({', '.join(names)})" if names else "a name"
+        return f"write {there} into {self.folder / 'latest'}, or remove it to start anew"
 
 
 def export_transformer(
@@ -294,8 +364,8 @@ def export_transformer(
         stated: how the model is to be used, for config.json (`checkpoints.stated`).
 
     Raises:
-        ValueError: weights that do not make a whole transformer, a LoRA beside them; or `stated`
-            has what is unknown.
+        ValueError: weights that do not make a whole transformer or are not finite, a LoRA beside
+            them; or `stated` has what is unknown.
         OSError: it cannot be written.
     """
     stated = stated or {}
@@ -318,7 +388,13 @@ def export_transformer(
         return
 
     def read(index: int) -> torch.Tensor:
-        return gathered(_announce(index, mesh))
+        whole = gathered(_announce(index, mesh))
+        if not whole.isfinite().all():
+            raise ValueError(
+                f"the model cannot be exported, {names[index]} has values that are not finite: "
+                "the run has diverged"
+            )
+        return whole
 
     def dtype_of(name: str) -> torch.dtype:
         return torch.float32 if WanModel.keep_float32(name) else dtype
@@ -334,8 +410,8 @@ def export_transformer(
         _announce(DONE, mesh)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
+def _read(file: Path | BytesIO) -> dict[str, Any]:
+    return torch.load(file, weights_only=True)
 
 
 def _announce(index: int, mesh: Mesh) -> int:
@@ -397,20 +473,29 @@ def _empty_optimizer_tensors(state: TrainState, stored: Mapping[str, Any]) -> Te
 
 
 def _fill(
-    optimizer: torch.optim.Optimizer,
-    prefix: str,
-    model: nn.Module,
-    tensors: Tensors,
-    groups: list[dict[str, Any]],
+    optimizer: torch.optim.Optimizer, prefix: str, model: nn.Module, tensors: Tensors
 ) -> None:
-    """Give an optimizer its state back, as its own `load_state_dict` wants it."""
+    """Give an optimizer its state back, as its own `load_state_dict` wants it.
+
+    Its rate and other settings stay those of now: a run may go on with others.
+    """
     found: dict[int, dict[str, torch.Tensor]] = {}
     numbers = {prefix + name: index for index, (name, _) in enumerate(_numbered(optimizer, model))}
     for key, tensor in tensors.items():
         place, _, entry = key.rpartition(".")
         if place in numbers:
             found.setdefault(numbers[place], {})[entry] = tensor
+    groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": found, "param_groups": groups})
+
+
+def _check_identity(there: Mapping[str, str], now: Mapping[str, str], source: Path) -> None:
+    """Raise unless a checkpoint is one of this very run."""
+    names = sorted(there.keys() | now.keys())
+    others = [name for name in names if there.get(name) != now.get(name)]
+    if others:
+        listed = "; ".join(f"{n} is {now.get(n)} and was {there.get(n)}" for n in others)
+        raise ValueError(f"{source} is a checkpoint of another run: {listed}; take another out")
 
 
 def _check(tensors: Tensors, stored: Mapping[str, Any], source: Path) -> None:

@@ -13,8 +13,23 @@ from typing import Any
 
 import torch
 
+from turbodit.distributed import Policy, checkpoint_blocks
 from turbodit.kernels.forward_ad import has_tangent
 from turbodit.model.wan import WanModel
+
+
+def prepare_blocks(model: WanModel, policy: Policy, *, compiled: bool) -> None:
+    """Make the blocks compute again what `policy` says, and compile them if wanted; in place.
+
+    Whole blocks are computed again by their compiled code. Selective checkpointing has to be
+    compiled with the block: compiled code reuses buffers, and would write over what is kept from
+    within it.
+    """
+    if compiled and policy == "block":
+        compile_blocks(model)
+    checkpoint_blocks(model, policy)
+    if compiled and policy != "block":
+        compile_blocks(model)
 
 
 def compile_blocks(model: WanModel) -> None:

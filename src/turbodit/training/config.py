@@ -1,10 +1,15 @@
-"""What a training run is: plain values, without torch, that recipes return and flags change."""
+"""What a training run is: plain values, without torch, that recipes return and flags change.
+
+The entries of `Attributes` are also the flags' help: one for each field.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from turbodit.config import ModelConfig, TokenOrder
 
@@ -17,6 +22,8 @@ Variant = Literal["released", "paper"]
 Method = Literal["rcm", "scm", "dmd", "dcm"]
 TangentName = Literal["exact", "semi-continuous", "finite-difference"]
 
+MAX_EMA = 12**-0.5  # `training.ema`: that of a uniform average
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -26,7 +33,7 @@ class TrainConfig:
         model: preset, folder or Hub id of the teacher, whose VAE and text encoder the data's are.
         transformer: other weights for the teacher: a file or folder. None: the model's own.
         expert: of a two-expert model, the one that is trained, on its own range of times. None:
-            both in one run, where the method can.
+            both in one run, which rcm can.
         data: folders or patterns of shards (`turbodit synthesize`, `turbodit encode`).
         out: folder of the run: checkpoints, log, samples, and at the end `transformer/`.
         steps: updates of all networks, in all.
@@ -34,23 +41,30 @@ class TrainConfig:
             no limit.
         batch: samples of each data-parallel process in one pass.
         accumulate: passes whose gradients are added up for one update.
-        lr, betas, weight_decay: of AdamW.
+        lr: learning rate of AdamW.
+        betas: of AdamW: how much of its two moments each update keeps.
+        weight_decay: of AdamW.
         max_grad_norm: gradients longer than this are shortened to it. None: never.
-        ema: relative standard deviations of the averages that are kept (`training.ema`); the first
-            is what is exported. Empty: the weights themselves are.
+        ema: relative standard deviations of the averages that are kept (`training.ema`), each in
+            (0, 0.2887); the first is what is exported. Empty: the weights themselves are.
         dtype: of the matrix products. None: bfloat16 on a GPU, float32 on a CPU.
-        master_weights: store weights in float32 whatever the products' dtype.
+        master_weights: whether what trains is stored in float32; with --no-master-weights it is
+            stored in the dtype of the matrix products.
         image_share: of models that take an image as their first latent frame (TI2V), the share of
             samples that are trained so.
         seed: of data order, noise and times.
-        device: None: a GPU if there is one.
-        replicate, shard, context: mesh axes (`distributed.mesh`). shard None: what is left.
+        device: cpu, cuda or cuda:1. None: a GPU if there is one.
+        replicate: copies of the sharded weights, for several nodes (`distributed.mesh`).
+        shard: groups of GPUs that have other samples, and a shard of the weights each. None: as
+            many as the GPUs there are allow.
+        context: GPUs that share the tokens of their samples.
         checkpointing: activations that blocks compute again
             (`distributed.activation_checkpointing`).
-        compile: fuse, with torch.compile, what lies between the matrix products of passes with a
-            gradient. Only on a GPU, and in a run of one process.
-        log_every, save_every, sample_every: updates between log entries, checkpoints and
-            validation samples. sample_every None: no samples.
+        compile: whether torch.compile fuses what lies between the matrix products of passes with a
+            gradient, on a GPU and in a run of one process; with --no-compile nothing is fused.
+        log_every: updates between entries of the log.
+        save_every: updates between checkpoints.
+        sample_every: updates between validation samples. None: no samples.
         prompts: of the validation samples.
         keep: checkpoints that stay.
         wandb_project: also log to this project of Weights & Biases.
@@ -88,16 +102,15 @@ class TrainConfig:
     wandb_project: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "log_every", "save_every", "sample_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("lr", "max_grad_norm", "minutes"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if not 0 <= self.image_share <= 1:
-            raise ValueError(f"image_share must be in [0, 1], got {self.image_share}")
+        _require(self, "positive", _positive, "steps", "batch", "accumulate", "keep", "replicate",
+                 "shard", "context", "log_every", "save_every", "sample_every",
+                 "lr", "max_grad_norm", "minutes")  # fmt: skip
+        _require(self, "0 or more", _not_negative, "seed", "weight_decay")
+        _require(self, "in [0, 1]", lambda share: 0 <= share <= 1, "image_share")
+        _require(self, "in [0, 1)", lambda pair: all(0 <= x < 1 for x in pair), "betas")
+        _require(self, f"different values between 0 and {MAX_EMA:.4f}", _are_rates, "ema")
+        floats = [f.name for f in fields(self) if isinstance(getattr(self, f.name), float)]
+        _require(self, "finite", math.isfinite, *floats)
 
     def check_model(self, model: ModelConfig) -> None:
         """Raise a ValueError unless `expert` is given for two-expert models, and only for them.
@@ -117,14 +130,17 @@ class SLAConfig(TrainConfig):
         objective: "white-box", the teacher's velocity, or "black-box", that of the data.
         train: "full", "attention", "proj_l" or "lora" (`training.parameters`).
         lora_rank: of "lora".
-        ratio: top-k ratio.
-        first_ratio, ratio_steps: begin with another ratio and go to `ratio` in a straight line
-            over so many updates. None: `ratio` from the start.
+        ratio: top-k ratio, the share of key blocks that a query block keeps.
+        first_ratio: begin with this ratio and go to `ratio` in a straight line. None: `ratio` from
+            the start.
+        ratio_steps: updates that it takes to get there.
         variant: "released" or "paper" (`attention.sla`).
-        block_q, block_k: rows of attention blocks. None: the model's own, or 64 here and what
+        block_q: rows of an attention block of queries. None: the model's own, or 64 here and what
             suits the device in inference.
+        block_k: the same of keys.
         token_order: which tokens a block has side by side (`model.layers.patchify`).
-        p_mean, p_std: sigma = exp(n), n normal with these.
+        p_mean: mean of n; noise levels are sigma = exp(n), n normal.
+        p_std: standard deviation of n.
     """
 
     objective: Objective = "white-box"
@@ -142,8 +158,13 @@ class SLAConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ratio_steps < 0:
-            raise ValueError(f"ratio_steps must not be negative, got {self.ratio_steps}")
+        _require(self, "positive", _positive, "lora_rank", "block_q", "block_k", "p_std")
+        _require(self, "0 or more", _not_negative, "ratio_steps")
+        _require(self, "in (0, 1]", _is_ratio, "ratio", "first_ratio")
+        if self.train != "lora" and self.lora_rank != SLAConfig.lora_rank:
+            raise ValueError(
+                f"lora_rank is that of train lora, got {self.lora_rank} with train {self.train}"
+            )
 
     def ratio_at(self, step: int) -> float:
         """The top-k ratio of update number `step`, from 0."""
@@ -179,10 +200,15 @@ class RCMConfig(TrainConfig):
         guidance: of the teacher.
         negative_prompt: what guidance steers away from. None: the model's own.
         fake_lr: of the fake score. None: lr / 5.
-        loss_scale, dmd_scale: weights of the two losses.
-        p_mean, p_std: of sCM's times, sigma = exp(n).
+        loss_scale: weight of sCM's loss.
+        dmd_scale: weight of DMD's loss.
+        p_mean: mean of n; sCM's noise levels are sigma = exp(n), n normal.
+        p_std: standard deviation of n.
         shift: of DMD's uniform times.
-        student_every, warmup: see above; `warmup` in updates.
+        student_every: with DMD, one in so many updates is the student's, the others are the fake
+            score's.
+        warmup: updates over which sCM's tangent fades in, all of them the student's, without DMD.
+            "dmd" has none.
         sigma_max: noise level of the few-step sampler's first step.
         rollout_steps: most steps of DMD's roll-out, which takes 1, 2, ... in turns.
         fixed_times: roll out through the sampler's own times instead of random ones.
@@ -210,16 +236,20 @@ class RCMConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.student_every < 1:
-            raise ValueError(f"student_every must be positive, got {self.student_every}")
-        for name in ("fake_lr", "sigma_max"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if self.warmup < 0:
-            raise ValueError(f"warmup must not be negative, got {self.warmup}")
-        if not 1 <= self.rollout_steps <= 4:
-            raise ValueError(f"rollout_steps must be from 1 to 4, got {self.rollout_steps}")
+        _require(self, "positive", _positive, "student_every", "fake_lr", "p_std", "shift",
+                 "sigma_max")  # fmt: skip
+        _require(self, "0 or more", _not_negative, "warmup")
+        _require(self, "in (0, 1]", _is_ratio, "joint_ratio")
+        _require(self, "from 1 to 4", lambda steps: 1 <= steps <= 4, "rollout_steps")
+        if self.fixed_times and not self.uses_dmd:
+            raise ValueError(
+                f"fixed_times are those of methods rcm and dmd, got method {self.method}"
+            )
+        if self.tangent != "exact" and self.method not in ("rcm", "scm"):
+            raise ValueError(
+                f"tangent is that of methods rcm and scm, got {self.tangent} with method "
+                f"{self.method}"
+            )
 
     def check_model(self, model: ModelConfig) -> None:
         """As `TrainConfig.check_model`, but two experts may be trained in one run.
@@ -268,3 +298,29 @@ class RCMConfig(TrainConfig):
     def tangent_weight(self, step: int) -> float:
         """sCM's warm-up r."""
         return 1.0 if self.warmup == 0 else min(1.0, step / self.warmup)
+
+
+def _require(config: TrainConfig, expected: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Raise a ValueError unless these fields are None or as expected; NaN never is."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def _positive(value: float) -> bool:
+    return value > 0
+
+
+def _not_negative(value: float) -> bool:
+    return value >= 0
+
+
+def _is_ratio(value: float) -> bool:
+    return 0 < value <= 1
+
+
+def _are_rates(values: tuple[float, ...]) -> bool:
+    """Averages are told apart by their rates as they are printed."""
+    names = {f"{rate:g}" for rate in values}
+    return len(names) == len(values) and all(0 < rate < MAX_EMA for rate in values)

@@ -137,11 +137,13 @@ def encode_videos(
 
     Raises:
         FileNotFoundError: no videos.
-        ValueError: an impossible size; a folder with other data.
+        ValueError: an impossible size; a folder with other data, or that of the videos.
         OSError: a shard cannot be written; what is finished is kept.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size must be positive, got {shard_size}")
+    if folder.resolve() == videos.resolve():
+        raise ValueError(f"{folder} is the folder of the videos; shards go into another one")
     worker, tell = worker or Worker(), progress or silent
     settings = clip_settings(request, encoders.model)
     clips = list(enumerate(find_clips(videos)))
@@ -256,8 +258,19 @@ class ShardRecord:
 
 
 def _read_record(shard: Path) -> ShardRecord | None:
+    """The record beside a shard; None where there is none, or it is broken: then the shard is made
+    again, which loses nothing."""
     path = ShardRecord.path(shard)
-    return ShardRecord(**json.loads(path.read_text("utf-8"))) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        record = ShardRecord(**json.loads(path.read_text("utf-8")))
+        if not (isinstance(record.samples, int) and isinstance(record.skipped, dict)):
+            raise TypeError(f"samples {record.samples!r}, skipped {record.skipped!r}")
+    except (ValueError, TypeError) as error:
+        warnings.warn(f"{path} is broken ({error}); {shard.name} is made again", stacklevel=2)
+        return None
+    return record
 
 
 def _digest(clips: Sequence[Clip]) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
-from turbodit.sampling import Velocity, gaussian_noise
+from turbodit.sampling import Velocity, gaussian_noise, guide, solver_sample
 from turbodit.training.checkpoint import TrainState
 from turbodit.training.log import TrainLog
 from turbodit.training.networks import Transformer
@@ -19,19 +20,29 @@ Sampler = Callable[[Velocity, Velocity, torch.Tensor, list[torch.Generator]], to
 
 
 class Preview:
-    """Shows what the student and its averages make of the run's prompts.
+    """Shows what the student, its averages and the teacher make of the run's prompts.
 
     All processes sample, as a spread network needs them; the first one decodes. Models that
     cannot do without an image have no previews.
 
     Args:
         run: of the processes.
-        sampler: from noise to latents.
+        sampler: the student's, from noise to latents.
         latent_shape: (C, T, H, W).
+        teacher: shown once, as it does not change, by its own solver.
+        guidance: of the teacher.
     """
 
-    def __init__(self, run: Run, sampler: Sampler, latent_shape: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        sampler: Sampler,
+        latent_shape: tuple[int, ...],
+        teacher: Transformer | None = None,
+        guidance: float = 1.0,
+    ) -> None:
         self.run, self.sampler, self.shape = run, sampler, latent_shape
+        self.teacher, self.guidance = teacher, guidance
         prompts = run.config.prompts
         self.context = run.encode_text(prompts)
         self.negative = run.encode_text([run.model.sampling.negative_prompt])
@@ -39,26 +50,32 @@ class Preview:
         self.vae = VideoVAE.from_pretrained(run.folder.vae, run.dtype, run.mesh.device)
 
     @classmethod
-    def of(cls, run: Run, sampler: Sampler, latent_shape: tuple[int, ...]) -> Preview | None:
-        """None where there is nothing to show."""
+    def of(cls, run: Run, *args: Any, **kwargs: Any) -> Preview | None:
+        """A preview of these arguments; None where there is nothing to show."""
         wanted = run.config.prompts and run.config.sample_every is not None
         able = run.model.task in ("t2v", "ti2v")
-        return cls(run, sampler, latent_shape) if wanted and able else None
+        return cls(run, *args, **kwargs) if wanted and able else None
 
     def __call__(self, log: TrainLog, state: TrainState) -> None:
         student = state.models["student"]
         assert isinstance(student, Transformer)
-        self.show(log, state.step, "student", student)
+        self.show(log, state.step, "student", student, self.sampler)
         for name, average in state.averages.items():
             with average.applied(student):
-                self.show(log, state.step, f"average-{name}", student)
+                self.show(log, state.step, f"average-{name}", student, self.sampler)
+        if self.teacher is not None:
+            sampler = guided_solver(self.run, self.guidance)
+            self.show(log, state.step, "teacher", self.teacher, sampler)
+            self.teacher = None
 
     @torch.no_grad()
-    def show(self, log: TrainLog, step: int, name: str, model: Transformer) -> None:
+    def show(
+        self, log: TrainLog, step: int, name: str, model: Transformer, sampler: Sampler
+    ) -> None:
         """Sample `model` and add the videos to the log."""
         generators = [torch.Generator().manual_seed(n) for n in range(len(self.context))]
         noise = gaussian_noise(self.shape, generators, self.run.mesh.device)
-        latents = self.sampler(
+        latents = sampler(
             self._velocity(model, self.context), self._velocity(model, self.negative), noise,
             generators,
         )  # fmt: skip
@@ -81,3 +98,24 @@ class Preview:
             chunks = [to_frames(chunk[0]) for chunk in self.vae.decode_chunks(sample)]
             clips.append(np.concatenate(chunks))
         return np.stack(clips)
+
+
+def guided_solver(run: Run, guidance: float) -> Sampler:
+    """The solver, steps and shift of the run's model, with guidance."""
+    sampling = run.model.sampling
+
+    def sample(
+        conditional: Velocity,
+        unconditional: Velocity,
+        noise: torch.Tensor,
+        generators: list[torch.Generator],
+    ) -> torch.Tensor:
+        return solver_sample(
+            guide(conditional, unconditional, guidance),
+            noise,
+            solver="unipc",
+            steps=sampling.steps,
+            shift=sampling.shift,
+        )
+
+    return sample

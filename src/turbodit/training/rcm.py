@@ -7,12 +7,13 @@ samples sharp. Updates come in turns: `RCMConfig.updates_student`.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from turbodit.checkpoints.stated import SETTINGS
+from turbodit.checkpoints.stated import ATTENTION, SETTINGS
 from turbodit.checkpoints.transformer import stated_use
 from turbodit.config import ModelConfig
 from turbodit.model.wan import WanModel
@@ -70,6 +71,8 @@ def train(config: RCMConfig) -> None:
             lr = config.lr / 5 if config.fake_lr is None else config.fake_lr
             optimizers["fake"] = run.adamw(fake.parameters(), lr)
         data = run.data()
+        sources = run.sources if config.student is None else (config.student,)
+        stated = {**run.folder.stated(sources), **_stated(config, run.model)}
         state = TrainState(
             models,
             optimizers,
@@ -77,8 +80,15 @@ def train(config: RCMConfig) -> None:
             generators={"noise": distillation.generator},
             common={} if distillation.common is None else {"experts": distillation.common},
             data=data,
+            identity={
+                "method": config.method,
+                "model": config.model,
+                "stated": json.dumps(stated),
+            },
         )
-        preview = Preview.of(run, _sampler(config), data.latent_shape)
+        preview = Preview.of(
+            run, _sampler(config), data.latent_shape, distillation.teacher, config.guidance
+        )
         with Session(run, state, preview) as session:
             batches = iter(data)
             updates = sum(config.updates_student(step) for step in range(session.step))
@@ -93,8 +103,7 @@ def train(config: RCMConfig) -> None:
                         distillation.fake_backward(next(batches), session)
                     session.update("fake")
                 session.advance()
-            sources = run.sources if config.student is None else (config.student,)
-            session.export({**run.folder.stated(sources), **_stated(config, run.model)})
+            session.export(stated)
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,11 @@ class Distillation:
         attention, settings = "sdpa", None
         if config.joint_ratio is not None:
             attention, settings = "sla", joint_settings(config, run.model)
+        elif config.student is not None and _is_sparse(config.student):
+            raise ValueError(
+                f"{config.student} was trained with sparse-linear attention; give --joint-ratio to "
+                "go on with it, or a student with dense attention"
+            )
 
         def new_student(source: Path) -> WanModel:
             return run.spread(run.trained(config.student or source, attention, settings))
@@ -278,6 +292,11 @@ def _sampler(config: RCMConfig) -> Sampler:
         return few_step(conditional, noise, times, generators=generators)
 
     return sample
+
+
+def _is_sparse(source: Path) -> bool:
+    """Whether weights are of sparse-linear attention."""
+    return stated_use(source).get(ATTENTION) in ("sla", "sagesla")
 
 
 def joint_settings(config: RCMConfig, model: ModelConfig) -> dict[str, object]:

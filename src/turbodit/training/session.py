@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import TracebackType
@@ -15,10 +16,13 @@ from torch.distributed.tensor import DTensor
 from turbodit.distributed import gradient_norm
 from turbodit.model.wan import WanModel
 from turbodit.training.checkpoint import Checkpoints, TrainState, export_transformer
+from turbodit.training.data import LatentDataset
 from turbodit.training.log import Metrics, TrainLog
 from turbodit.training.networks import Experts
 from turbodit.training.parameters import LoRA, save_lora
 from turbodit.training.setup import Run
+
+MOST_SKIPPED = 50  # updates of a network in a row
 
 
 class Session:
@@ -43,6 +47,7 @@ class Session:
         self.metrics = Metrics(run.mesh)
         self._start = time.monotonic()
         self._time_is_up = False
+        self._skipped: Counter[str] = Counter()  # of each network, in a row until now
         self._preview = preview
         self._checkpoints = Checkpoints(self.config.out / "checkpoints", run.mesh, self.config.keep)
         self._checkpoints.load(state)
@@ -60,7 +65,7 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         self._log.close()
-        self._checkpoints.close()
+        self._checkpoints.close(together=kind is None)
 
     @property
     def step(self) -> int:
@@ -79,12 +84,16 @@ class Session:
 
         Args:
             average_step: number of the student's update, from 0, for its averages.
+
+        Raises:
+            FloatingPointError: so it was in MOST_SKIPPED updates of the network in a row.
         """
         model, optimizer = self.state.models[name], self.state.optimizers[name]
         parameters = [p for p in model.parameters() if p.grad is not None]
         norm = gradient_norm(parameters)
         self.metrics.add(f"{name}_gradient_norm", norm)
         self.metrics.add(f"{name}_skipped", 0.0 if norm.isfinite() else 1.0)
+        self._count_skipped(name, norm)
         if norm.isfinite():
             if self.config.max_grad_norm is not None:
                 _shorten(parameters, self.config.max_grad_norm / norm)
@@ -94,6 +103,15 @@ class Session:
             for average in self.state.averages.values():
                 average.update(model, average_step)
 
+    def _count_skipped(self, name: str, norm: torch.Tensor) -> None:
+        self._skipped[name] = 0 if norm.isfinite() else self._skipped[name] + 1
+        if self._skipped[name] >= MOST_SKIPPED:
+            raise FloatingPointError(
+                f"the gradient's norm of {name} is {norm.item()}, for {MOST_SKIPPED} updates in a "
+                f"row until step {self.step + 1}: the run has diverged; go on from an older "
+                "checkpoint at a lower rate (docs/training/troubleshooting.md)"
+            )
+
     def advance(self) -> None:
         """End an update: log, save and sample where that is due."""
         state, config = self.state, self.config
@@ -101,6 +119,8 @@ class Session:
         if not self.unfinished or state.step % config.log_every == 0:
             # The mean of all processes, so that all of them stop, or none.
             self.metrics.add("minutes", (time.monotonic() - self._start) / 60)
+            if isinstance(state.data, LatentDataset):
+                self.metrics.add("broken_samples", float(state.data.skipped.total()))
             found = self.metrics.take()
             self._time_is_up = config.minutes is not None and found["minutes"] >= config.minutes
             self._log.scalars(state.step, found)

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from turbodit.checkpoints import ModelFolder, find_model, load_transformer
 from turbodit.config import ModelConfig
 from turbodit.device import choose_device
-from turbodit.distributed import (
-    Mesh,
-    checkpoint_blocks,
-    join,
-    leave,
-    parallelize,
-    seed_everything,
-)
+from turbodit.distributed import Mesh, join, leave, parallelize, seed_everything
 from turbodit.model.wan import WanModel
 from turbodit.text_encoder import TextEncoder, clean_prompt
-from turbodit.training.compiled import compile_blocks
+from turbodit.training.compiled import prepare_blocks
 from turbodit.training.config import TrainConfig
 from turbodit.training.data import LatentDataset
 from turbodit.training.networks import Experts, Transformer
@@ -125,11 +119,8 @@ class Run:
 
     def spread(self, model: WanModel) -> WanModel:
         """Over the mesh, compiled and with the checkpointing of the configuration."""
-        checkpoint_blocks(model, self.config.checkpointing)
-        if self.config.compile and self.mesh.device.type == "cuda" and self.mesh.size == 1:
-            # Around the checkpointing: compiled code reuses buffers, and what is kept from within
-            # it would be written over.
-            compile_blocks(model)
+        compiled = self.config.compile and self.mesh.device.type == "cuda" and self.mesh.size == 1
+        prepare_blocks(model, self.config.checkpointing, compiled=compiled)
         if self.mesh.size == 1:  # `forward` casts the weights, with less to do than FSDP
             return model.to(self.mesh.device)
         return parallelize(model, self.mesh, self.dtype)
@@ -203,7 +194,8 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: a mesh, device or expert that is not possible.
+        ValueError: a mesh, device or expert that is not possible; or another run has the folder.
+        OSError: the folder cannot be written.
     """
     device = choose_device(config.device)
     folder = find_model(config.model)
@@ -212,12 +204,30 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
     source = config.transformer or folder.transformers[config.expert == "low-noise"]
     mesh = join(device, replicate=config.replicate, shard=config.shard, context=config.context)
     try:
-        seed_everything(config.seed, mesh)
-        name = config.dtype or ("bfloat16" if mesh.device.type == "cuda" else "float32")
-        dtype = getattr(torch, name)
-        yield Run(config, mesh, folder, model, dtype, source, _times(config, model))
+        with _only_run(config.out) if mesh.is_first else nullcontext():
+            seed_everything(config.seed, mesh)
+            name = config.dtype or ("bfloat16" if mesh.device.type == "cuda" else "float32")
+            dtype = getattr(torch, name)
+            yield Run(config, mesh, folder, model, dtype, source, _times(config, model))
     finally:
         leave()
+
+
+@contextmanager
+def _only_run(out: Path) -> Iterator[None]:
+    """While it lasts, no other run can have the folder; a killed one no longer has it."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file, expected a folder for the run")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"another run is writing to {out}; give each its own folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _times(config: TrainConfig, model: ModelConfig) -> tuple[float, float]:

@@ -6,12 +6,13 @@ velocity on the data's latents; black-box: the diffusion target noise - x0 itsel
 
 from __future__ import annotations
 
+import json
+
 import torch
 
 from turbodit.attention import SparseLinearAttention
 from turbodit.checkpoints.transformer import stated_use
 from turbodit.model.wan import WanModel
-from turbodit.sampling import Velocity, guide, solver_sample
 from turbodit.training import losses
 from turbodit.training.checkpoint import TrainState
 from turbodit.training.config import SLAConfig
@@ -19,7 +20,7 @@ from turbodit.training.data import Batch
 from turbodit.training.ema import PowerEMA
 from turbodit.training.networks import conditions_of
 from turbodit.training.parameters import LoRA, Part, select_trainable
-from turbodit.training.preview import Preview, Sampler
+from turbodit.training.preview import Preview, guided_solver
 from turbodit.training.session import Session
 from turbodit.training.setup import Run, open_run
 from turbodit.training.times import LogNormal, Within, time_of_angle
@@ -34,6 +35,7 @@ def train(config: SLAConfig) -> None:
     """
     with open_run(config) as run:
         settings = config.attention_settings(run.model)
+        stated = {**stated_use(run.source), "attention": "sla", "attention_settings": settings}
         student = run.trained(run.source, "sla", settings)
         part: Part | LoRA = LoRA(config.lora_rank) if config.train == "lora" else config.train
         select_trainable(student, part, run.same_generator())
@@ -48,8 +50,17 @@ def train(config: SLAConfig) -> None:
             averages={f"{rate:g}": PowerEMA(student, rate) for rate in config.ema},
             generators={"noise": generator},
             data=data,
+            identity={
+                "method": "sla",
+                "model": config.model,
+                "objective": config.objective,
+                "train": config.train,
+                "stated": json.dumps(stated),
+            },
         )
-        preview = Preview.of(run, _sampler(run), data.latent_shape)
+        guidance = run.model.sampling.guidance
+        sampler = guided_solver(run, guidance)
+        preview = Preview.of(run, sampler, data.latent_shape, teacher, guidance)
         with Session(run, state, preview) as session:
             batches = iter(data)
             while session.unfinished:
@@ -59,9 +70,7 @@ def train(config: SLAConfig) -> None:
                     (loss / config.accumulate).backward()
                 session.update("student", average_step=session.step)
                 session.advance()
-            own = {"attention": "sla", "attention_settings": settings}
-            lora = part if isinstance(part, LoRA) else None
-            session.export({**stated_use(run.source), **own}, lora)
+            session.export(stated, part if isinstance(part, LoRA) else None)
 
 
 def _loss(
@@ -91,24 +100,3 @@ def _set_ratio(model: WanModel, ratio: float) -> None:
     for module in model.modules():
         if isinstance(module, SparseLinearAttention):
             module.ratio = ratio
-
-
-def _sampler(run: Run) -> Sampler:
-    """The teacher's own sampler, with guidance."""
-    sampling = run.model.sampling
-
-    def sample(
-        conditional: Velocity,
-        unconditional: Velocity,
-        noise: torch.Tensor,
-        generators: list[torch.Generator],
-    ) -> torch.Tensor:
-        return solver_sample(
-            guide(conditional, unconditional, sampling.guidance),
-            noise,
-            solver="unipc",
-            steps=sampling.steps,
-            shift=sampling.shift,
-        )
-
-    return sample
