@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
+import torch
 from tests.training.tiny_training import tiny_teacher
 
 from turbodit.cli import main
@@ -322,3 +323,13 @@ def test_a_first_training(tmp_path):
     assert len(losses) == 20
     assert mean(losses[-5:]) < mean(losses[:5])
     assert (tmp_path / "run" / "transformer" / "config.json").exists()
+
+
+def test_out_of_memory_says_what_helps_a_training(capsys, monkeypatch):
+    def fail(config):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("turbodit.training.sla.train", fail)
+    assert main(["train", "sla", "--data", "data"]) == 2
+    error = capsys.readouterr().err
+    assert "--accumulate" in error and "--offload" not in error

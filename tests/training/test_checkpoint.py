@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -113,8 +114,18 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def replace_content(path: Path) -> None:
+    content = BytesIO()
+    torch.save({"mesh": [1, 1]}, content)
+    path.write_bytes(content.getvalue())
+
+
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "rank-00000.pt"])
-@pytest.mark.parametrize("harm", [truncate, Path.unlink, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("harm", [truncate, Path.unlink, empty, replace_content])
 def test_a_damaged_checkpoint_says_so(tmp_path, mesh, name, harm):
     checkpoints, state = Checkpoints(tmp_path, mesh), new_state(mesh)
     for step in (1, 2):

@@ -13,14 +13,14 @@ import json
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from turbodit.weights import DTYPES, LazyTensor, LazyWeights
@@ -133,7 +133,7 @@ def _new(target: Path, home: Path) -> Iterator[Path]:
             for folder in (hidden, unlocked):
                 shutil.rmtree(folder, ignore_errors=True)  # if not now, then by the next process
             if lock is not None:
-                lock.close()
+                lock.release()
 
 
 def _remove_left_behind(target: Path) -> None:
@@ -143,29 +143,21 @@ def _remove_left_behind(target: Path) -> None:
             lock = _lock(hidden)
             if lock is not None:
                 shutil.rmtree(hidden, ignore_errors=True)
-                lock.close()
+                lock.release()
 
 
-def _lock(hidden: Path) -> IO[str] | None:
-    """The file whose lock says that a hidden folder is in use; it has to stay open.
+def _lock(hidden: Path) -> BaseFileLock | None:
+    """The lock that says that a hidden folder is in use, until it is released.
 
     None where another process has it, or where there are no locks, as on some network disks: there
     nobody gets one, so nothing is removed.
     """
-    if sys.platform == "win32":
-        return None
-    import fcntl
-
+    lock = FileLock(hidden / "lock", blocking=False)
     try:
-        file = (hidden / "lock").open("a")
-    except OSError:  # it is gone, or another user's
+        lock.acquire()
+    except (Timeout, OSError, NotImplementedError):  # or the folder is gone, or another user's
         return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    return file
+    return lock
 
 
 @contextmanager

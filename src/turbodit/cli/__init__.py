@@ -26,9 +26,19 @@ from turbodit.cli.merge import Merge
 from turbodit.cli.plan import PlanCommand
 from turbodit.cli.quantize import Quantize
 from turbodit.cli.synthesize import Synthesize
-from turbodit.cli.train import train_command
+from turbodit.cli.train import TrainRCM, TrainSLA, train_command
 
 USER_ERROR, INTERRUPTED = 2, 130
+
+# Where a GPU's memory does not suffice.
+HINT = (
+    "try --linear fp8 or int8-channel, --no-graph, --vae-tiling, --offload model or sequential, "
+    "fewer frames or a smaller size"
+)
+TRAINING_HINT = (
+    "try a smaller --batch with more --accumulate, --checkpointing block, --context, or more GPUs; "
+    "--dry-run says what a run takes"
+)
 
 
 @dataclass(frozen=True)
@@ -95,11 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # torch.OutOfMemoryError, by name: importing torch only to catch it would be slow.
         if command.debug or type(error).__name__ != "OutOfMemoryError":
             raise
-        hint = (
-            "try --linear fp8 or int8-channel, --no-graph, --vae-tiling, --offload model or "
-            "sequential, fewer frames or a smaller size"
-        )
-        return _fail(f"{error}\n{hint}", USER_ERROR)
+        of_training = isinstance(command, (TrainSLA, TrainRCM))
+        return _fail(f"{error}\n{TRAINING_HINT if of_training else HINT}", USER_ERROR)
     return 0
 
 

@@ -53,12 +53,14 @@ from turbodit.weights import LazyTensor, listing
 Tensors = dict[str, torch.Tensor]
 PATTERN = "step-*"
 DONE = -1  # in place of the number of a tensor
+OWN_KEYS = {"step", "mesh", "random", "generators", "common", "data"}
 DAMAGE = (
     OSError,
     RuntimeError,
     EOFError,
     UnpicklingError,
     KeyError,
+    TypeError,
     AttributeError,
     CheckpointException,
 )
@@ -262,8 +264,12 @@ class Checkpoints:
 
     def _read_own(self, source: Path) -> dict[str, Any]:
         """This process's own state; the first one's, where there were other processes."""
-        first = _read(source / "rank-00000.pt")
-        return _read(source / self._own_name) if first["mesh"] == self._mesh_sizes else first
+        own = _read(source / "rank-00000.pt")
+        if own["mesh"] == self._mesh_sizes:
+            own = _read(source / self._own_name)
+        if missing := OWN_KEYS - own.keys():
+            raise KeyError(*sorted(missing))
+        return own
 
     def _restore(self, state: TrainState, own: dict[str, Any]) -> None:
         if state.data is not None and own["data"] is not None:
