@@ -51,7 +51,8 @@ from turbodit.video import Video
 # Called with a stage ("load", "text", "image", "denoise", "decode") and how far it is.
 Progress = Callable[[str, int, int], None]
 
-# Pixels of a frame up to which samples are decoded at once: no more memory than one of 480p takes.
+# Pixels of a frame up to which samples are decoded at once: those of one at 480p, as decoding takes
+# memory by the pixel (`plan.inference`).
 DECODED_TOGETHER = 832 * 480
 
 

@@ -140,6 +140,19 @@ def test_a_damaged_checkpoint_says_so(tmp_path, mesh, name, harm):
     assert checkpoints.load(new_state(mesh))
 
 
+def test_too_little_memory_is_no_damage(tmp_path, mesh, monkeypatch):
+    checkpoints, state = Checkpoints(tmp_path, mesh), new_state(mesh)
+    checkpoints.save(state)
+    checkpoints.close()
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("turbodit.training.checkpoint.dcp.load", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        checkpoints.load(state)
+
+
 class Evil:
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -339,6 +339,8 @@ class Checkpoints:
         """Say of whatever is wrong in the files of `source` that they are damaged."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except DAMAGE as error:
             cause: BaseException = error
             if isinstance(error, CheckpointException) and error.failures:
