@@ -23,12 +23,11 @@ from turbodit.distributed import join, leave
 from turbodit.model.wan import WanModel
 from turbodit.noise_schedule import few_step_times
 from turbodit.sampling import few_step
-from turbodit.training import rcm
 from turbodit.training.checkpoint import TrainState
-from turbodit.training.config import RCMConfig, TrainConfig
+from turbodit.training.config import TrainConfig
 from turbodit.training.ema import PowerEMA
 from turbodit.training.networks import Experts
-from turbodit.training.preview import Preview
+from turbodit.training.preview import Preview, few_step_sampler
 from turbodit.training.setup import Run
 
 PROMPTS = ("a red fox", "the car moves left", "snow")
@@ -164,7 +163,7 @@ def test_rcms_sampler_takes_four_steps_without_guidance(monkeypatch):
     def unconditional(latents, t):
         raise AssertionError("a pass for nothing")
 
-    sampler = rcm._sampler(RCMConfig(model="", sigma_max=60.0))
+    sampler = few_step_sampler(4, 60.0)
     generators = [torch.Generator().manual_seed(0)]
     sampler(conditional, unconditional, torch.zeros(1, *SHAPE), generators)
     assert asked == list(few_step_times(4, 60.0)[:-1])

@@ -13,6 +13,7 @@ from tests.training.tiny_training import (
     column,
     log_of,
     only_logs,
+    rcm_config,
     sla_config,
     spy,
     tiny_teacher,
@@ -22,7 +23,8 @@ from tests.training.tiny_training import (
 from turbodit.attention import SparseLinearAttention
 from turbodit.checkpoints import load_transformer
 from turbodit.model.wan import WanModel
-from turbodit.training import losses, sla
+from turbodit.noise_schedule import few_step_times
+from turbodit.training import losses, rcm, sla
 from turbodit.training.data import LatentDataset, reader
 from turbodit.training.data.shards import BrokenSample, sample_key
 from turbodit.training.setup import Run
@@ -201,6 +203,60 @@ def test_the_first_average_is_exported(teacher, tmp_path):
         )
         name = "blocks.0.ffn.0.weight"
         assert torch.equal(found[name], own[name]) == same
+
+
+# A distilled teacher
+
+
+@pytest.fixture(scope="module")
+def distilled(teacher, folder):
+    """The teacher after an update of distillation; it states three steps from another noise level
+    than is usual."""
+    out = folder / "distilled"
+    rcm.train(rcm_config(teacher, out, method="scm", steps=1))
+    config = json.loads((out / "transformer" / "config.json").read_text())
+    config["sampling"] |= {"steps": 3, "sigma_max": 60.0}
+    (out / "transformer" / "config.json").write_text(json.dumps(config))
+    return teacher | {"transformer": out / "transformer"}
+
+
+def test_a_distilled_teacher_makes_a_student_of_few_steps(distilled, tmp_path, monkeypatch):
+    asked = spy(monkeypatch, WanModel, "forward")
+    config = sla_config(distilled, tmp_path, noise_levels="few-step", batch=4, steps=6)
+    sla.train(config)
+    seen = {round(t, 9) for _, _, times, *_ in asked for t in times.tolist()}
+    assert seen == {round(t, 9) for t in few_step_times(3, 60.0)[:-1]}
+    stated = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    assert stated["sampling"] == {
+        "solver": "few-step", "steps": 3, "sigma_max": 60.0, "guidance": 1.0
+    }  # fmt: skip
+    assert stated["attention"] == "sla"
+
+
+def test_few_step_noise_levels_want_a_distilled_teacher(logs, teacher, tmp_path):
+    with pytest.raises(ValueError, match=r"distilled model, but the solver of .* is unipc"):
+        sla.train(sla_config(teacher, tmp_path, noise_levels="few-step"))
+
+
+def test_a_student_begins_with_weights_that_are_sparse(teacher, tmp_path):
+    """With all blocks kept and an untrained linear branch it would be the teacher, and is not."""
+    sla.train(sla_config(teacher, tmp_path / "first", lr=1e-2, steps=2))
+    student = tmp_path / "first" / "transformer"
+    again = sla_config(teacher, tmp_path / "again", student=student, ratio=1.0, steps=1, lr=1e-9)
+    sla.train(again)
+    assert column(again, "loss")[0] > 1e-4
+    before, after = weights(student), weights(tmp_path / "again" / "transformer")
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", [{"variant": "paper"}, {"token_order": "hwt"}])
+def test_sparse_weights_of_another_attention_are_refused(teacher, tmp_path, other):
+    sla.train(sla_config(teacher, tmp_path / "first", steps=1))
+    student = tmp_path / "first" / "transformer"
+    ((name, value),) = other.items()
+    with pytest.raises(ValueError, match=rf"was trained with {name} \w+, got {value}"):
+        sla.train(sla_config(teacher, tmp_path / "again", student=student, **other))
 
 
 # Image conditions

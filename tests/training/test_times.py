@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from turbodit.noise_schedule import MID_TIMES, angle_to_time
+from turbodit.noise_schedule import MID_TIMES, angle_to_time, few_step_times
 from turbodit.training.times import (
+    FewStep,
     Intervals,
     LogNormal,
     UniformShifted,
@@ -35,6 +36,19 @@ def test_log_normal_sigma_has_the_given_mean_and_deviation():
     assert angles.dtype == torch.float64
     assert n.mean().item() == pytest.approx(0.7, abs=4 * 1.6 / math.sqrt(20_000))
     assert n.std().item() == pytest.approx(1.6, rel=0.02)
+
+
+def test_few_step_gives_each_of_the_samplers_times_as_often():
+    t = time_of_angle(FewStep(3, 70.0).sample(30_000, seeded()))
+    found, counts = t.unique(return_counts=True)
+    wanted = torch.tensor(sorted(few_step_times(3, 70.0)[:-1]), dtype=torch.float64)
+    torch.testing.assert_close(found, wanted)
+    assert (counts - 10_000).abs().max() < 4 * math.sqrt(30_000 * 2 / 9)
+
+
+def test_few_step_of_more_steps_than_the_sampler_has_is_refused():
+    with pytest.raises(ValueError, match="supported: 1 to 4"):
+        FewStep(5, 80.0)
 
 
 def test_uniform_shifted_undone_is_uniform():

@@ -20,6 +20,7 @@ Dtype = Literal["bfloat16", "float32"]
 Objective = Literal["white-box", "black-box"]
 Variant = Literal["released", "paper"]
 Method = Literal["rcm", "scm", "dmd", "dcm"]
+NoiseLevels = Literal["lognormal", "few-step"]
 TangentName = Literal["exact", "semi-continuous", "finite-difference"]
 
 MAX_EMA = 12**-0.5  # `training.ema`: that of a uniform average
@@ -128,6 +129,8 @@ class SLAConfig(TrainConfig):
 
     Attributes:
         objective: "white-box", the teacher's velocity, or "black-box", that of the data.
+        student: weights that the student begins with, merged ones for instance. None: the
+            teacher's.
         train: "full", "attention", "proj_l" or "lora" (`training.parameters`).
         lora_rank: of "lora".
         ratio: top-k ratio, the share of key blocks that a query block keeps.
@@ -139,11 +142,13 @@ class SLAConfig(TrainConfig):
             suits the device in inference.
         block_k: the same of keys.
         token_order: which tokens a block has side by side (`model.layers.patchify`).
-        p_mean: mean of n; noise levels are sigma = exp(n), n normal.
+        noise_levels: "lognormal", or "few-step", those that a distilled model's sampler visits.
+        p_mean: mean of n; lognormal noise levels are sigma = exp(n), n normal.
         p_std: standard deviation of n.
     """
 
     objective: Objective = "white-box"
+    student: Path | None = None
     train: Part = "full"
     lora_rank: int = 32
     ratio: float = 0.1
@@ -153,6 +158,7 @@ class SLAConfig(TrainConfig):
     block_q: int | None = None
     block_k: int | None = None
     token_order: TokenOrder = "thw"
+    noise_levels: NoiseLevels = "lognormal"
     p_mean: float = 1.5
     p_std: float = 1.6
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from turbodit.sampling import Velocity, gaussian_noise, guide, solver_sample
+from turbodit.noise_schedule import few_step_times
+from turbodit.sampling import Velocity, few_step, gaussian_noise, guide, solver_sample
 from turbodit.training.checkpoint import TrainState
 from turbodit.training.log import TrainLog
 from turbodit.training.networks import Transformer
@@ -29,7 +30,7 @@ class Preview:
         run: of the processes.
         sampler: the student's, from noise to latents.
         latent_shape: (C, T, H, W).
-        teacher: shown once, as it does not change, by its own solver.
+        teacher: shown once, as it does not change, by its own sampler.
         guidance: of the teacher.
     """
 
@@ -64,7 +65,7 @@ class Preview:
             with average.applied(student):
                 self.show(log, state.step, f"average-{name}", student, self.sampler)
         if self.teacher is not None:
-            sampler = guided_solver(self.run, self.guidance)
+            sampler = own_sampler(self.run, self.guidance)
             self.show(log, state.step, "teacher", self.teacher, sampler)
             self.teacher = None
 
@@ -100,9 +101,11 @@ class Preview:
         return np.stack(clips)
 
 
-def guided_solver(run: Run, guidance: float) -> Sampler:
-    """The solver, steps and shift of the run's model, with guidance."""
+def own_sampler(run: Run, guidance: float) -> Sampler:
+    """That of the run's teacher: few steps if it was distilled, or a solver, with guidance."""
     sampling = run.model.sampling
+    if sampling.solver == "few-step":
+        return few_step_sampler(sampling.steps, sampling.sigma_max)
 
     def sample(
         conditional: Velocity,
@@ -117,5 +120,20 @@ def guided_solver(run: Run, guidance: float) -> Sampler:
             steps=sampling.steps,
             shift=sampling.shift,
         )
+
+    return sample
+
+
+def few_step_sampler(steps: int, sigma_max: float) -> Sampler:
+    """The few-step sampler, without guidance."""
+
+    def sample(
+        conditional: Velocity,
+        unconditional: Velocity,
+        noise: torch.Tensor,
+        generators: list[torch.Generator],
+    ) -> torch.Tensor:
+        times = few_step_times(steps, sigma_max)
+        return few_step(conditional, noise, times, generators=generators)
 
     return sample

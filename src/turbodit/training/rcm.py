@@ -18,7 +18,6 @@ from turbodit.checkpoints.transformer import stated_use
 from turbodit.config import ModelConfig
 from turbodit.model.wan import WanModel
 from turbodit.noise_schedule import few_step_times
-from turbodit.sampling import Velocity, few_step
 from turbodit.training import losses
 from turbodit.training.checkpoint import TrainState
 from turbodit.training.config import RCMConfig
@@ -32,7 +31,7 @@ from turbodit.training.networks import (
     conditions_of,
     guided,
 )
-from turbodit.training.preview import Preview, Sampler
+from turbodit.training.preview import Preview, few_step_sampler
 from turbodit.training.session import Session
 from turbodit.training.setup import Run, open_run
 from turbodit.training.times import (
@@ -87,7 +86,11 @@ def train(config: RCMConfig) -> None:
             },
         )
         preview = Preview.of(
-            run, _sampler(config), data.latent_shape, distillation.teacher, config.guidance
+            run,
+            few_step_sampler(SAMPLE_STEPS, config.sigma_max),
+            data.latent_shape,
+            distillation.teacher,
+            config.guidance,
         )
         with Session(run, state, preview) as session:
             batches = iter(data)
@@ -277,21 +280,6 @@ class Distillation:
 
     def _noise(self, latents: torch.Tensor) -> torch.Tensor:
         return torch.randn(latents.shape, generator=self.generator, device=latents.device)
-
-
-def _sampler(config: RCMConfig) -> Sampler:
-    """The few-step sampler, without guidance."""
-
-    def sample(
-        conditional: Velocity,
-        unconditional: Velocity,
-        noise: torch.Tensor,
-        generators: list[torch.Generator],
-    ) -> torch.Tensor:
-        times = few_step_times(SAMPLE_STEPS, config.sigma_max)
-        return few_step(conditional, noise, times, generators=generators)
-
-    return sample
 
 
 def _is_sparse(source: Path) -> bool:

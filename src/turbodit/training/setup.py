@@ -33,7 +33,7 @@ class Run:
     Attributes:
         mesh: the processes.
         folder: the teacher's files.
-        model: the teacher's preset or description.
+        model: the teacher's preset or description, with the sampler that its files state.
         dtype: of the matrix products.
         source: the teacher's transformer; of two experts that of the one trained, or the first.
         times: rectified-flow times that are trained: all, or one expert's.
@@ -199,7 +199,7 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
     """
     device = choose_device(config.device)
     folder = find_model(config.model)
-    model = folder.config(())
+    model = folder.config(() if config.transformer is None else (config.transformer,))
     config.check_model(model)
     source = config.transformer or folder.transformers[config.expert == "low-noise"]
     mesh = join(device, replicate=config.replicate, shard=config.shard, context=config.context)

@@ -1,17 +1,22 @@
 """Fine-tuning a Wan DiT for sparse-linear attention (SLA, arXiv:2509.24006, section 5).
 
 The student is the teacher with SLA in every self attention. White-box: it learns the teacher's
-velocity on the data's latents; black-box: the diffusion target noise - x0 itself.
+velocity on the data's latents; black-box: the diffusion target noise - x0 itself. The student of a
+teacher that was distilled to few steps takes as few.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
-from turbodit.attention import SparseLinearAttention
+from turbodit.attention import TOKEN_ORDER, SparseLinearAttention
+from turbodit.checkpoints.stated import SETTINGS
 from turbodit.checkpoints.transformer import stated_use
+from turbodit.config import SamplingConfig
 from turbodit.model.wan import WanModel
 from turbodit.training import losses
 from turbodit.training.checkpoint import TrainState
@@ -20,10 +25,13 @@ from turbodit.training.data import Batch
 from turbodit.training.ema import PowerEMA
 from turbodit.training.networks import conditions_of
 from turbodit.training.parameters import LoRA, Part, select_trainable
-from turbodit.training.preview import Preview, guided_solver
+from turbodit.training.preview import Preview, own_sampler
 from turbodit.training.session import Session
 from turbodit.training.setup import Run, open_run
-from turbodit.training.times import LogNormal, Within, time_of_angle
+from turbodit.training.times import Angles, FewStep, LogNormal, Within, time_of_angle
+
+# Settings that weights are trained for, and what they are where files do not say.
+MADE_FOR = {"variant": "released", TOKEN_ORDER: "thw"}
 
 
 def train(config: SLAConfig) -> None:
@@ -36,14 +44,16 @@ def train(config: SLAConfig) -> None:
     with open_run(config) as run:
         settings = config.attention_settings(run.model)
         stated = {**stated_use(run.source), "attention": "sla", "attention_settings": settings}
-        student = run.trained(run.source, "sla", settings)
+        if config.student is not None:
+            _check_made_for(config.student, settings)
+        student = run.trained(config.student or run.source, "sla", settings)
         part: Part | LoRA = LoRA(config.lora_rank) if config.train == "lora" else config.train
         select_trainable(student, part, run.same_generator())
         student = run.spread(student)
         teacher = run.frozen(run.source) if config.objective == "white-box" else None
 
         data, generator = run.data(), run.generator()
-        times = Within(LogNormal(config.p_mean, config.p_std), *run.times)
+        times = Within(_noise_levels(config, run.model.sampling), *run.times)
         state = TrainState(
             models={"student": student},
             optimizers={"student": run.adamw(student.parameters(), config.lr)},
@@ -59,7 +69,7 @@ def train(config: SLAConfig) -> None:
             },
         )
         guidance = run.model.sampling.guidance
-        sampler = guided_solver(run, guidance)
+        sampler = own_sampler(run, guidance)
         preview = Preview.of(run, sampler, data.latent_shape, teacher, guidance)
         with Session(run, state, preview) as session:
             batches = iter(data)
@@ -71,6 +81,29 @@ def train(config: SLAConfig) -> None:
                 session.update("student", average_step=session.step)
                 session.advance()
             session.export(stated, part if isinstance(part, LoRA) else None)
+
+
+def _noise_levels(config: SLAConfig, sampling: SamplingConfig) -> Angles:
+    if config.noise_levels == "lognormal":
+        return LogNormal(config.p_mean, config.p_std)
+    if sampling.solver != "few-step":
+        raise ValueError(
+            "noise levels few-step are those of a distilled model, but the solver of "
+            f"{config.transformer or config.model} is {sampling.solver}; expected lognormal"
+        )
+    return FewStep(sampling.steps, sampling.sigma_max)
+
+
+def _check_made_for(student: Path, settings: Mapping[str, object]) -> None:
+    """Raise a ValueError where sparse weights were trained in another way; blocks and ratio may
+    change."""
+    stated = stated_use(student).get(SETTINGS)
+    if stated is None:
+        return
+    for name, usual in MADE_FOR.items():
+        found, wanted = settings.get(name, usual), stated.get(name, usual)
+        if found != wanted:
+            raise ValueError(f"{student} was trained with {name} {wanted}, got {found}")
 
 
 def _loss(

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from turbodit.noise_schedule import shift_time
+from turbodit.noise_schedule import few_step_times, shift_time
 
 _TRIES = 1000
 
@@ -78,6 +78,28 @@ class UniformShifted:
         """See `Angles`."""
         u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
         return angle_of_time(shift_time(u, self.shift))
+
+
+@dataclass(frozen=True)
+class FewStep:
+    """The times at which the few-step sampler asks the network, one as often as another.
+
+    Raises:
+        ValueError: see `turbodit.noise_schedule.few_step_times`.
+    """
+
+    steps: int
+    sigma_max: float
+
+    def __post_init__(self) -> None:
+        few_step_times(self.steps, self.sigma_max)
+
+    def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """See `Angles`."""
+        *times, _ = few_step_times(self.steps, self.sigma_max)
+        drawn = torch.randint(self.steps, (count,), generator=generator, device=generator.device)
+        t = torch.tensor(times, dtype=torch.float64, device=generator.device)
+        return angle_of_time(t)[drawn]
 
 
 @dataclass(frozen=True)
