@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 Task = Literal["t2v", "i2v", "flf2v", "ti2v"]
 Solver = Literal["unipc", "euler", "dpm++", "few-step"]
-TokenOrder = Literal["thw", "hwt"]  # axes of the tokens' grid, outermost first
 
 # The negative prompt that Wan's own sampler uses when the user gives none.
 WAN_NEGATIVE_PROMPT = (

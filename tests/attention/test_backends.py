@@ -170,7 +170,7 @@ def test_kernels_that_need_a_gpu(h100: None, name: str) -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_back_end_is_built_with_its_settings(name: str) -> None:
     values = {"ratio": 0.25, "variant": "paper", "feature_map": "elu", "block_q": 32, "block_k": 16}
-    values |= {"pv_threshold": 20.0, "token_order": "hwt"}
+    values |= {"pv_threshold": 20.0, "temporal_heads": [[0], []]}
     settings = {setting: values[setting] for setting in BACKENDS[name].settings}
     built = attention_function(name, head_dim=64, **settings)
     assert callable(built)

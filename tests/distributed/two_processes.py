@@ -28,7 +28,7 @@ CONFIG = TransformerConfig(
 )
 BATCH = 2
 GRID = (3, 4, 8)  # tokens along time, height, width
-SLA = {"ratio": 0.4, "block_q": 16, "block_k": 16}
+SLA = {"ratio": 0.4, "block_q": 16, "block_k": 16, "temporal_heads": [[0, 2], [3]]}
 
 
 @dataclass(frozen=True)

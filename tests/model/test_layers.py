@@ -25,15 +25,6 @@ def test_unpatchify_puts_channels_innermost() -> None:
     assert torch.equal(video[0, :, 1, 3, 4], x[0, token].unflatten(0, (2, 2, 5))[1, 0])
 
 
-def test_tokens_in_the_other_order_run_over_time_first() -> None:
-    x = torch.arange(2 * 3 * 4 * 6).reshape(1, 2, 3, 4, 6)
-    tokens = patchify(x, (1, 2, 2), "hwt")
-    assert torch.equal(tokens[0, 1 * 9 + 2 * 3 + 1], x[0, :, 1, 2:4, 4:6].flatten())  # h=1 w=2 t=1
-    numbers = torch.arange(3 * 2 * 3)[None, :, None].expand(1, -1, 4)
-    video = unpatchify(numbers, (3, 2, 3), (1, 2, 2), "hwt")
-    assert video[0, 0, 1, 2, 4] == 1 * 9 + 2 * 3 + 1
-
-
 def test_rms_norm_of_bf16_keeps_float32_statistics() -> None:
     torch.manual_seed(0)
     norm = RMSNorm(1000, eps=1e-6)

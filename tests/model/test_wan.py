@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -145,37 +146,67 @@ def sparse_twin(model: WanModel, **settings: object) -> WanModel:
     return twin.eval()
 
 
+def layers_heads(model: WanModel, *layers: Sequence[int]) -> dict[str, object]:
+    """Temporal heads of the first layers; the others have none."""
+    others = [()] * (model.config.num_layers - len(layers))
+    return {"temporal_heads": [*layers, *others]}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_order_of_tokens_is_nothing_to_attention_that_sees_all(variant: str) -> None:
+def test_temporal_heads_are_nothing_to_attention_that_sees_all(variant: str) -> None:
     model, inputs = random_model(VARIANTS[variant]), random_inputs(variant)
     want = run(model, inputs)
-    for order in ("thw", "hwt"):
-        got = run(sparse_twin(model, ratio=1.0, token_order=order), inputs)
-        assert relative_error(got, want) <= 1e-5, order
+    for heads in ([0], [1], [0, 1]):
+        got = run(sparse_twin(model, ratio=1.0, **layers_heads(model, heads, [1])), inputs)
+        assert relative_error(got, want) <= 1e-5, heads
 
 
-def test_blocks_are_of_tokens_in_the_order_asked_for() -> None:
+def test_blocks_of_temporal_heads_go_over_time() -> None:
     model, inputs = random_model(VARIANTS["ti2v"]), random_inputs("ti2v")
-    rows, other = (sparse_twin(model, ratio=0.3, token_order=order) for order in ("thw", "hwt"))
-    want = run(other, inputs)
+    rows = sparse_twin(model, ratio=0.3)
+    want = run(sparse_twin(model, ratio=0.3, **layers_heads(model, [1])), inputs)
     assert relative_error(run(rows, inputs), want) > 1e-3
     order = torch.arange(3 * 5 * 7).view(3, 35).T.flatten()
-    for block in rows.blocks:
-        op = block.self_attn.attn_op
-        attend = op.local_attn.forward
+    op = rows.blocks[0].self_attn.attn_op
+    attend = op.local_attn.forward
 
-        def reordered(q, k, v, attend=attend):
-            return attend(q[:, order], k[:, order], v[:, order])[:, order.argsort()]
+    def of_heads(q, k, v):
+        plain, placed = attend(q, k, v), attend(q[:, order], k[:, order], v[:, order])
+        placed = placed[:, order.argsort()]
+        plain[:, :, 1] = placed[:, :, 1]
+        return plain
 
-        op.local_attn.forward = reordered
+    op.local_attn.forward = of_heads
     assert relative_error(run(rows, inputs), want) <= 1e-5
 
 
-def test_an_unknown_order_of_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown token order 'wht'; supported: thw, hwt"):
-        WanModel(VARIANTS["t2v"], "sla", {"token_order": "wht"})
-    with pytest.raises(ValueError, match="'sdpa' has no setting token_order"):
-        WanModel(VARIANTS["t2v"], "sdpa", {"token_order": "hwt"})
+def test_tangents_and_gradients_pass_temporal_heads() -> None:
+    """The tangent against a central difference, and the gradient against the tangent."""
+    model, inputs = random_model(VARIANTS["t2v"]), random_inputs("t2v")
+    twin = sparse_twin(model, ratio=0.3, **layers_heads(model, [1], [0])).double()
+    x = inputs.latents.double().requires_grad_()
+    step = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return twin(x, inputs.t.double(), inputs.context.double())
+
+    with torch.no_grad():
+        _, tangent = torch.func.jvp(f, (x.detach(),), (step,))
+        difference = (f(x + 1e-6 * step) - f(x - 1e-6 * step)) / 2e-6
+    assert relative_error(tangent, difference) <= 1e-5
+    (gradient,) = torch.autograd.grad(f(x).sum(), x)
+    torch.testing.assert_close((gradient * step).sum(), tangent.sum(), rtol=1e-6, atol=1e-8)
+
+
+def test_impossible_temporal_heads_are_refused() -> None:
+    config = VARIANTS["t2v"]
+    layers, heads = config.num_layers, config.num_heads
+    with pytest.raises(ValueError, match=f"of {layers + 1} layers, but the model has {layers}"):
+        WanModel(config, "sla", {"temporal_heads": [[0]] * (layers + 1)})
+    with pytest.raises(ValueError, match=f"must differ and be from 0 to {heads - 1}"):
+        WanModel(config, "sla", {"temporal_heads": [[heads]] * layers})
+    with pytest.raises(ValueError, match="'sdpa' has no setting temporal_heads"):
+        WanModel(config, "sdpa", {"temporal_heads": [[0]] * layers})
 
 
 def test_samples_of_a_batch_do_not_touch_each_other() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.machinery import PathFinder
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -24,11 +24,11 @@ from turbodit.attention.jvp import sdpa_with_tangent
 from turbodit.attention.sage import sageattn
 from turbodit.attention.sla import SageSLA, SparseLinearAttention
 from turbodit.attention.sparge import sparge_attn_cdf, sparge_attn_topk
-from turbodit.config import TokenOrder
+from turbodit.attention.temporal import check_temporal_heads
 
 __all__ = [
     "BACKENDS",
-    "TOKEN_ORDER",
+    "TEMPORAL_HEADS",
     "AttentionFunction",
     "Backend",
     "SageSLA",
@@ -42,8 +42,8 @@ __all__ = [
 ]
 
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# The setting that the model sees to: the order in which its tokens come to the back-end.
-TOKEN_ORDER = "token_order"
+# The setting that the model sees to: the heads whose tokens come place by place (`temporal`).
+TEMPORAL_HEADS = "temporal_heads"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Backend:
             (B,Lq,H,D), non-causal, scaled by 1/sqrt(D).
         missing: what keeps it from running on a device, or None if it runs.
         description: one line for `turbodit doctor`.
-        settings: names that `build` takes, and TOKEN_ORDER where blocks depend on it.
+        settings: names that `build` takes, and TEMPORAL_HEADS where blocks depend on them.
         self_only: approximates attention within one sequence; not for cross attention.
         has_parameters: `build` also takes `head_dim`, and gives a new `torch.nn.Module`, for
             one layer of a model.
@@ -155,14 +155,14 @@ BACKENDS: dict[str, Backend] = {
         build=lambda **settings: partial(sparge_attn_topk, **settings),
         missing=kernels.missing,
         description="SpargeAttention: block-sparse and 8-bit, without training",
-        settings=("ratio", "block_q", "block_k", "pv_threshold", TOKEN_ORDER),
+        settings=("ratio", "block_q", "block_k", "pv_threshold", TEMPORAL_HEADS),
         self_only=True,
     ),
     "sla": Backend(
         build=SparseLinearAttention,
         missing=kernels.missing,
         description="sparse-linear attention, trainable; for models trained with it",
-        settings=("ratio", "variant", "feature_map", "block_q", "block_k", TOKEN_ORDER),
+        settings=("ratio", "variant", "feature_map", "block_q", "block_k", TEMPORAL_HEADS),
         self_only=True,
         has_parameters=True,
     ),
@@ -170,7 +170,7 @@ BACKENDS: dict[str, Backend] = {
         build=SageSLA,
         missing=kernels.missing,
         description="sparse-linear attention in 8 bits; for models trained with sla",
-        settings=("ratio", "feature_map", "block_q", "block_k", TOKEN_ORDER),
+        settings=("ratio", "feature_map", "block_q", "block_k", TEMPORAL_HEADS),
         self_only=True,
         has_parameters=True,
     ),
@@ -215,11 +215,7 @@ def attention_function(
     if cross and backend.self_only:
         dense_ones = ", ".join(name for name, other in BACKENDS.items() if not other.self_only)
         raise ValueError(f"attention {name!r} is not for cross attention; supported: {dense_ones}")
-    order = settings.pop(TOKEN_ORDER, "thw")
-    if order not in get_args(TokenOrder):
-        raise ValueError(
-            f"unknown token order {order!r}; supported: {', '.join(get_args(TokenOrder))}"
-        )
+    check_temporal_heads(settings.pop(TEMPORAL_HEADS, ()))
     if not backend.has_parameters:
         return backend.build(**settings)
     if head_dim is None:

@@ -46,8 +46,11 @@ def split_tokens(model: WanModel, group: dist.ProcessGroup) -> None:
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         block.register_forward_pre_hook(split.first_block if index == 0 else split.block)
-        block.self_attn.attn_op.register_forward_pre_hook(_to_heads(group))
-        block.self_attn.attn_op.register_forward_hook(_to_tokens(group))
+        op, first = block.self_attn.attn_op, group.rank() * heads // count
+        own = range(first, first + heads // count)
+        op.temporal_heads = tuple(head - first for head in op.temporal_heads if head in own)
+        op.register_forward_pre_hook(_to_heads(group))
+        op.register_forward_hook(_to_tokens(group))
     model.head.register_forward_pre_hook(split.head)
     model.head.register_forward_hook(_gather(group))
 

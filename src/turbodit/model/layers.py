@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from turbodit.config import TokenOrder
 from turbodit.kernels import wide
 from turbodit.kernels.forward_ad import has_tangent, linear
 from turbodit.kernels.norm import Angles, rms_norm
@@ -97,43 +96,25 @@ def timestep_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(wide(timestep.dtype))
 
 
-def patchify(
-    x: torch.Tensor, patch: tuple[int, int, int], order: TokenOrder = "thw"
-) -> torch.Tensor:
-    """(B, C, T, H, W) -> (B, L, C*kt*kh*kw): patches as tokens, channels outermost.
-
-    Args:
-        order: of the tokens. "thw" is Wan's: a block of attention is some rows of a frame. In
-            "hwt" it is a few places over time.
-    """
+def patchify(x: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
+    """(B, C, T, H, W) -> (B, L, C*kt*kh*kw): tokens in t,h,w order, channels outermost."""
     b, c, t, h, w = x.shape
     kt, kh, kw = patch
     x = x.reshape(b, c, t // kt, kt, h // kh, kh, w // kw, kw)
-    return in_order(x.permute(0, 2, 4, 6, 1, 3, 5, 7), order).flatten(2)
-
-
-def in_order(grid: torch.Tensor, order: TokenOrder) -> torch.Tensor:
-    """Tokens (B, t, h, w, ...) -> (B, L, ...) in `order`."""
-    return grid.movedim(1, order.index("t") + 1).flatten(1, 3)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, -1, c * kt * kh * kw)
 
 
 def unpatchify(
-    x: torch.Tensor,
-    grid: tuple[int, int, int],
-    patch: tuple[int, int, int],
-    order: TokenOrder = "thw",
+    x: torch.Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]
 ) -> torch.Tensor:
     """(B, L, kt*kh*kw*C) -> (B, C, T, H, W): the head's order, channels innermost.
 
     Args:
         grid: tokens along time, height and width.
-        order: of the tokens, as in `patchify`.
     """
     t, h, w = grid
     kt, kh, kw = patch
-    sizes = dict(zip("thw", grid, strict=True))
-    x = x.unflatten(1, [sizes[axis] for axis in order]).movedim(order.index("t") + 1, 1)
-    x = x.unflatten(-1, (kt, kh, kw, -1)).permute(0, 7, 1, 4, 2, 5, 3, 6)
+    x = x.reshape(x.shape[0], t, h, w, kt, kh, kw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
     return x.reshape(x.shape[0], -1, t * kt, h * kh, w * kw)
 
 

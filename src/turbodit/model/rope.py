@@ -13,21 +13,17 @@ from functools import lru_cache
 
 import torch
 
-from turbodit.config import TokenOrder
-from turbodit.model.layers import in_order
-
 THETA = 10000.0
 
 
 @lru_cache(maxsize=16)
 def rope_table(
-    grid: tuple[int, int, int], head_dim: int, device: torch.device, order: TokenOrder = "thw"
+    grid: tuple[int, int, int], head_dim: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of every token's angles, float32, each (T*H*W, head_dim/2).
 
     Args:
         grid: number of tokens along time, height and width.
-        order: of the tokens, as in `model.layers.patchify`.
     """
     # A cached inference tensor could not be saved for a later backward pass.
     with torch.inference_mode(False), _outside_transforms():
@@ -43,7 +39,7 @@ def rope_table(
             ],
             dim=-1,
         )
-        table = in_order(table[None], order)[0]
+        table = table.flatten(0, 2)
         return table.cos().float().to(device), table.sin().float().to(device)
 
 

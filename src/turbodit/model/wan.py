@@ -11,7 +11,6 @@ float32; the matrix products in the dtype of the weights (or of autocast), or in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -20,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from turbodit.attention import TOKEN_ORDER, AttentionFunction, attention_function
-from turbodit.config import TokenOrder, TransformerConfig
+from turbodit.attention import TEMPORAL_HEADS, AttentionFunction, attention_function
+from turbodit.attention.temporal import by_frame, by_place, check_temporal_heads
+from turbodit.config import TransformerConfig
 from turbodit.kernels import wide
 from turbodit.kernels.norm import Angles, add_norm, gated_add, norm
 from turbodit.kernels.quantized_linear import Quantized
@@ -31,7 +31,6 @@ from turbodit.model.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
-    in_order,
     patchify,
     timestep_embedding,
     unpatchify,
@@ -65,24 +64,39 @@ class AttentionOp(nn.Module):
 
     It bears TurboDiffusion's names (`attn_op.local_attn.proj_l.weight`), and is where a hook
     finds q, k, v (B, L, heads, D).
+
+    Attributes:
+        temporal_heads: of these the back-end gets the tokens place by place, of the others frame
+            by frame.
     """
 
-    def __init__(self, attend: AttentionFunction) -> None:
+    def __init__(self, attend: AttentionFunction, temporal_heads: Sequence[int] = ()) -> None:
         super().__init__()
         self.local_attn = attend
+        self.temporal_heads = tuple(temporal_heads)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return self.local_attn(q, k, v)
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, frames: int = 1
+    ) -> torch.Tensor:
+        if not self.temporal_heads:
+            return self.local_attn(q, k, v)
+        q, k, v = (by_place(x, self.temporal_heads, frames) for x in (q, k, v))
+        return by_frame(self.local_attn(q, k, v), self.temporal_heads, frames)
 
 
 class Attention(nn.Module):
     """What self and cross attention share: projections, norms over all heads, the call."""
 
-    def __init__(self, config: TransformerConfig, attend: AttentionFunction) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        attend: AttentionFunction,
+        temporal_heads: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         dim = config.dim
         self.num_heads = config.num_heads
-        self.attn_op = AttentionOp(attend)
+        self.attn_op = AttentionOp(attend, temporal_heads)
         self.q = Linear(dim, dim)
         self.k = Linear(dim, dim)
         self.v = Linear(dim, dim)
@@ -120,11 +134,11 @@ class SelfAttention(Attention):
         """The layer that takes the input."""
         return getattr(self, "qkv", None) or self.q
 
-    def forward(self, x: torch.Tensor | Quantized, angles: Angles) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Quantized, angles: Angles, frames: int) -> torch.Tensor:
         q, k, v = self.project(x, *self.PACKED)
         q = self.split_heads(self.norm_q(q, angles))
         k = self.split_heads(self.norm_k(k, angles))
-        return self.o(self.attn_op(q, k, self.split_heads(v)).flatten(2))
+        return self.o(self.attn_op(q, k, self.split_heads(v), frames=frames).flatten(2))
 
 
 class CrossAttention(Attention):
@@ -163,12 +177,16 @@ class CrossAttention(Attention):
 
 class Block(nn.Module):
     def __init__(
-        self, config: TransformerConfig, attend: AttentionFunction, attend_cross: AttentionFunction
+        self,
+        config: TransformerConfig,
+        attend: AttentionFunction,
+        attend_cross: AttentionFunction,
+        temporal_heads: Sequence[int] = (),
     ) -> None:
         super().__init__()
         dim = config.dim
         self.eps = config.eps
-        self.self_attn = SelfAttention(config, attend)
+        self.self_attn = SelfAttention(config, attend, temporal_heads)
         self.norm3 = LayerNorm(dim, config.eps)
         self.cross_attn = CrossAttention(config, attend_cross)
         self.ffn = FeedForward(dim, config.ffn_dim)
@@ -181,6 +199,7 @@ class Block(nn.Module):
         angles: Angles,
         context: Context | tuple[KeysValues, ...],
         dtype: torch.dtype,
+        frames: int,
     ) -> torch.Tensor:
         """The residual stream x (B, L, D) after this block.
 
@@ -189,13 +208,15 @@ class Block(nn.Module):
             angles: of `rope_table`.
             context: tokens (B, Lt, D), or this block's keys and values of them.
             dtype: of the matrix products: the weights' or autocast's.
+            frames: tokens along time.
         """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
             self.modulation.to(wide(self.modulation.dtype))[:, None] + time
         ).unbind(2)
         eps = self.eps
         out = input_kind(self.self_attn.first, dtype)
-        update = self.self_attn(norm(x, shift=shift, scale=scale, eps=eps, out=out), angles)
+        h = norm(x, shift=shift, scale=scale, eps=eps, out=out)
+        update = self.self_attn(h, angles, frames)
         out = input_kind(self.cross_attn.q, dtype)
         weight, bias = self.norm3.weight, self.norm3.bias
         x, h = add_norm(x, update, gate, weight=weight, bias=bias, eps=eps, out=out)
@@ -229,8 +250,8 @@ class WanModel(nn.Module):
         config: the variant's shape.
         attention: back-end of self attention (`turbodit.attention.BACKENDS`). Cross
             attention is short and always dense.
-        settings: of the back-end, e.g. {"ratio": 0.15} for "sla". With "token_order" the tokens go
-            through the blocks in another order (`patchify`), which dense attention does not notice.
+        settings: of the back-end, e.g. {"ratio": 0.15} for "sla". "temporal_heads" are a list for
+            each layer (`attention.temporal`).
         residual: dtype of the residual stream, "float32" as in Wan, or "bfloat16": fewer bytes
             to move, and rounding after each of a block's three additions.
 
@@ -252,7 +273,8 @@ class WanModel(nn.Module):
             )
         self.config = config
         self.residual = residual
-        self.token_order: TokenOrder = (settings or {}).get(TOKEN_ORDER, "thw")
+        temporal_heads = (settings or {}).get(TEMPORAL_HEADS, [()] * config.num_layers)
+        check_temporal_heads(temporal_heads, config.num_layers, config.num_heads)
         dim = config.dim
         self.patch_embedding = nn.Conv3d(
             config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size
@@ -273,8 +295,9 @@ class WanModel(nn.Module):
                 config,
                 attention_function(attention, head_dim=config.head_dim, **(settings or {})),
                 attend_cross,
+                heads,
             )
-            for _ in range(config.num_layers)
+            for heads in temporal_heads
         )
         self.head = Head(config)
 
@@ -301,7 +324,7 @@ class WanModel(nn.Module):
         Computed once for a size, and kept for some sizes.
         """
         t, h, w = (n // p for n, p in zip(latents.shape[2:], self.config.patch_size, strict=True))
-        return rope_table((t, h, w), self.config.head_dim, latents.device, self.token_order)
+        return rope_table((t, h, w), self.config.head_dim, latents.device)
 
     def encode_context(
         self, context: torch.Tensor, image_context: torch.Tensor | None = None
@@ -328,7 +351,7 @@ class WanModel(nn.Module):
                 condition concatenated here.
             t: rectified-flow time in [0, 1], (B,), or (B, n) with n dividing the number of
                 tokens L: t[:, i] is the time of the i-th run of L/n tokens (n = T: one
-                time per latent frame; n = L: one per token, always in t,h,w order).
+                time per latent frame; n = L: one per token).
             context: text embeddings (B, text_len, text_dim), zeros past the prompt's end; or
                 what `encode_context` made of them and of the image context.
             image_context: CLIP features (B, 257 or 514, image_dim), for models that have them.
@@ -342,13 +365,11 @@ class WanModel(nn.Module):
         grid = self._grid(latents, t)
         weight = self.patch_embedding.weight
         # A convolution whose stride is its kernel is a linear map of the patches.
-        tokens = patchify(latents.to(weight.dtype), self.config.patch_size, self.token_order)
+        tokens = patchify(latents.to(weight.dtype), self.config.patch_size)
         tokens = F.linear(tokens, weight.flatten(1), self.patch_embedding.bias)
         residual = wide(tokens.dtype) if self.residual == "float32" else torch.bfloat16
         x = tokens.to(residual)
-        time, modulation = (
-            self._of_tokens(part, grid) for part in self._embed_time(t.reshape(t.shape[0], -1))
-        )
+        time, modulation = self._embed_time(t.reshape(t.shape[0], -1))
         layers: Sequence[Context | tuple[KeysValues, ...]]
         if isinstance(context, EncodedContext):
             layers = context.layers
@@ -357,8 +378,8 @@ class WanModel(nn.Module):
             layers = [self._embed_context(context, image_context)] * len(self.blocks)
         angles = self.angles(latents)
         for block, seen in zip(self.blocks, layers, strict=True):
-            x = block(x, modulation, angles, seen, tokens.dtype)
-        return unpatchify(self.head(x, time), grid, self.config.patch_size, self.token_order)
+            x = block(x, modulation, angles, seen, tokens.dtype, grid[0])
+        return unpatchify(self.head(x, time), grid, self.config.patch_size)
 
     def _blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
@@ -378,18 +399,6 @@ class WanModel(nn.Module):
             time = self.time_embedding(sinusoid.to(next(self.time_embedding.parameters()).dtype))
             modulation = self.time_projection(time).unflatten(-1, (6, -1))
             return time.to(wide(time.dtype)), modulation.to(wide(time.dtype))
-
-    def _of_tokens(self, time: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
-        """What runs of tokens have in common, (B, n, ...), for tokens in this model's order.
-
-        Runs are of t,h,w order. In another one their tokens lie apart, so each gets its own: (B, L,
-        ...).
-        """
-        n = time.shape[1]
-        if n == 1 or self.token_order == "thw":
-            return time
-        runs = torch.arange(n, device=time.device).repeat_interleave(math.prod(grid) // n)
-        return time.index_select(1, in_order(runs.view(1, *grid), self.token_order)[0])
 
     def _check_context(self, context: torch.Tensor, image_context: torch.Tensor | None) -> None:
         c = self.config

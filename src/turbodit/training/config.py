@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from turbodit.config import ModelConfig, TokenOrder
+from turbodit.config import ModelConfig
 
 Part = Literal["full", "attention", "proj_l", "lora"]
 Checkpointing = Literal["none", "block", "selective"]
@@ -21,6 +21,7 @@ Objective = Literal["white-box", "black-box"]
 Variant = Literal["released", "paper"]
 Method = Literal["rcm", "scm", "dmd", "dcm"]
 NoiseLevels = Literal["lognormal", "few-step"]
+TemporalHeads = Literal["none", "all", "chosen"]
 TangentName = Literal["exact", "semi-continuous", "finite-difference"]
 
 MAX_EMA = 12**-0.5  # `training.ema`: that of a uniform average
@@ -141,7 +142,9 @@ class SLAConfig(TrainConfig):
         block_q: rows of an attention block of queries. None: the model's own, or 64 here and what
             suits the device in inference.
         block_k: the same of keys.
-        token_order: which tokens a block has side by side (`model.layers.patchify`).
+        temporal_heads: those whose blocks go over time (`attention.temporal`): "none", "all", or
+            "chosen" before the first update by what sparsity leaves out. Of a student that has
+            some already they are its own.
         noise_levels: "lognormal", or "few-step", those that a distilled model's sampler visits.
         p_mean: mean of n; lognormal noise levels are sigma = exp(n), n normal.
         p_std: standard deviation of n.
@@ -157,7 +160,7 @@ class SLAConfig(TrainConfig):
     variant: Variant = "released"
     block_q: int | None = None
     block_k: int | None = None
-    token_order: TokenOrder = "thw"
+    temporal_heads: TemporalHeads = "none"
     noise_levels: NoiseLevels = "lognormal"
     p_mean: float = 1.5
     p_std: float = 1.6
@@ -179,13 +182,11 @@ class SLAConfig(TrainConfig):
         return self.first_ratio + (self.ratio - self.first_ratio) * step / self.ratio_steps
 
     def attention_settings(self, model: ModelConfig) -> dict[str, object]:
-        """Of the "sla" back-end; what is left to it is not among them."""
+        """Of the "sla" back-end, but for temporal heads; what is left to it is not among them."""
         settings = {"ratio": self.ratio, "variant": self.variant, **model.block_settings}
         for name in ("block_q", "block_k"):
             if (rows := getattr(self, name)) is not None:
                 settings[name] = rows
-        if self.token_order != "thw":
-            settings["token_order"] = self.token_order
         return settings
 
 

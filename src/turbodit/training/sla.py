@@ -8,14 +8,14 @@ teacher that was distilled to few steps takes as few.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
-from turbodit.attention import TOKEN_ORDER, SparseLinearAttention
+from turbodit.attention import TEMPORAL_HEADS, SparseLinearAttention
+from turbodit.attention.temporal import check_temporal_heads
 from turbodit.checkpoints.stated import SETTINGS
 from turbodit.checkpoints.transformer import stated_use
+from turbodit.checkpoints.write import new_file
 from turbodit.config import SamplingConfig
 from turbodit.model.wan import WanModel
 from turbodit.training import losses
@@ -28,10 +28,11 @@ from turbodit.training.parameters import LoRA, Part, select_trainable
 from turbodit.training.preview import Preview, own_sampler
 from turbodit.training.session import Session
 from turbodit.training.setup import Run, open_run
+from turbodit.training.temporal_heads import choose_temporal_heads
 from turbodit.training.times import Angles, FewStep, LogNormal, Within, time_of_angle
 
-# Settings that weights are trained for, and what they are where files do not say.
-MADE_FOR = {"variant": "released", TOKEN_ORDER: "thw"}
+CHOSEN = "temporal_heads.json"  # in the folder of a run
+PASSES = 4  # of a batch, by which temporal heads are chosen
 
 
 def train(config: SLAConfig) -> None:
@@ -42,10 +43,8 @@ def train(config: SLAConfig) -> None:
         OSError: a file that cannot be written; the last complete checkpoint stays.
     """
     with open_run(config) as run:
-        settings = config.attention_settings(run.model)
+        settings = _attention_settings(run, config)
         stated = {**stated_use(run.source), "attention": "sla", "attention_settings": settings}
-        if config.student is not None:
-            _check_made_for(config.student, settings)
         student = run.trained(config.student or run.source, "sla", settings)
         part: Part | LoRA = LoRA(config.lora_rank) if config.train == "lora" else config.train
         select_trainable(student, part, run.same_generator())
@@ -94,16 +93,53 @@ def _noise_levels(config: SLAConfig, sampling: SamplingConfig) -> Angles:
     return FewStep(sampling.steps, sampling.sigma_max)
 
 
-def _check_made_for(student: Path, settings: Mapping[str, object]) -> None:
-    """Raise a ValueError where sparse weights were trained in another way; blocks and ratio may
-    change."""
-    stated = stated_use(student).get(SETTINGS)
-    if stated is None:
-        return
-    for name, usual in MADE_FOR.items():
-        found, wanted = settings.get(name, usual), stated.get(name, usual)
-        if found != wanted:
-            raise ValueError(f"{student} was trained with {name} {wanted}, got {found}")
+def _attention_settings(run: Run, config: SLAConfig) -> dict[str, object]:
+    """Of the student's SLA, temporal heads included."""
+    settings, shape = config.attention_settings(run.model), run.model.transformer
+    stated = {} if config.student is None else stated_use(config.student).get(SETTINGS, {})
+    if stated and stated.get("variant", "released") != config.variant:
+        raise ValueError(
+            f"{config.student} was trained with variant {stated.get('variant', 'released')}, got "
+            f"{config.variant}"
+        )
+    if TEMPORAL_HEADS in stated:
+        settings[TEMPORAL_HEADS] = stated[TEMPORAL_HEADS]
+    elif config.temporal_heads == "all":
+        settings[TEMPORAL_HEADS] = [list(range(shape.num_heads))] * shape.num_layers
+    elif config.temporal_heads == "chosen":
+        settings[TEMPORAL_HEADS] = _chosen_heads(run, config, settings)
+    return settings
+
+
+def _chosen_heads(run: Run, config: SLAConfig, settings: dict[str, object]) -> list[list[int]]:
+    """Those of the run's file, which is made where it is missing: a run that goes on, or is gone on
+    with by more processes, keeps them."""
+    path = config.out / CHOSEN
+    if not path.exists():
+        if run.mesh.size > 1:
+            raise ValueError(
+                f"temporal heads are chosen by one process, got {run.mesh.size}; begin the run "
+                f"with one, for a step, or put {CHOSEN} of another run into {config.out}"
+            )
+        teacher, generator = run.frozen(run.source), run.generator()
+        x0, conditions = conditions_of(
+            next(iter(run.data())), run.image_share, generator, run.mesh.device
+        )
+        velocity = conditions.network(run.forward(teacher))
+        times = Within(_noise_levels(config, run.model.sampling), *run.times)
+
+        def ask() -> None:
+            for _ in range(PASSES):
+                t = time_of_angle(times.sample(len(x0), generator))
+                noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+                losses.black_box(velocity, x0, noise, t)
+
+        heads = choose_temporal_heads(teacher, settings, ask)
+        with new_file(path) as partial:
+            partial.write_text(json.dumps(heads) + "\n")
+    found: list[list[int]] = json.loads(path.read_text())
+    check_temporal_heads(found, run.model.transformer.num_layers, run.model.transformer.num_heads)
+    return found
 
 
 def _loss(
