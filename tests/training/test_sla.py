@@ -201,6 +201,10 @@ def test_chosen_heads_leave_out_less_and_stay(teacher, tmp_path, monkeypatch):
     student = tmp_path / "chosen" / "transformer"
     sla.train(sla_config(teacher, tmp_path / "next", student=student, steps=1))
     assert heads_of(tmp_path / "next" / "transformer") == chosen
+    for damage, message in (("[[0", "without this file"), ("[[0]]", "of 1 layers")):
+        (tmp_path / "chosen" / "temporal_heads.json").write_text(damage)
+        with pytest.raises(ValueError, match=rf"temporal_heads\.json: .*{message}"):
+            sla.train(replace(config, steps=3))
 
 
 @pytest.mark.parametrize("variant", ["released", "paper"])

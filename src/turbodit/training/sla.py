@@ -97,10 +97,10 @@ def _attention_settings(run: Run, config: SLAConfig) -> dict[str, object]:
     """Of the student's SLA, temporal heads included."""
     settings, shape = config.attention_settings(run.model), run.model.transformer
     stated = {} if config.student is None else stated_use(config.student).get(SETTINGS, {})
-    if stated and stated.get("variant", "released") != config.variant:
+    variant = stated.get("variant", "released") if stated else config.variant
+    if variant != config.variant:
         raise ValueError(
-            f"{config.student} was trained with variant {stated.get('variant', 'released')}, got "
-            f"{config.variant}"
+            f"{config.student} was trained with variant {variant}, got {config.variant}"
         )
     if TEMPORAL_HEADS in stated:
         settings[TEMPORAL_HEADS] = stated[TEMPORAL_HEADS]
@@ -137,8 +137,12 @@ def _chosen_heads(run: Run, config: SLAConfig, settings: dict[str, object]) -> l
         heads = choose_temporal_heads(teacher, settings, ask)
         with new_file(path) as partial:
             partial.write_text(json.dumps(heads) + "\n")
-    found: list[list[int]] = json.loads(path.read_text())
-    check_temporal_heads(found, run.model.transformer.num_layers, run.model.transformer.num_heads)
+    shape = run.model.transformer
+    try:
+        found: list[list[int]] = json.loads(path.read_text())
+        check_temporal_heads(found, shape.num_layers, shape.num_heads)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; without this file they are chosen again") from error
     return found
 
 
