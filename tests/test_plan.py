@@ -192,7 +192,7 @@ def test_what_autograd_keeps(attention: str) -> None:
     angles = model.angles(torch.zeros(1, 16, 2, 32, 32))
     context = Context(torch.randn(1, 8, d, dtype=torch.bfloat16), None)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.blocks[0](x, torch.randn(1, 1, 6, d), angles, context, torch.bfloat16)
+        model.blocks[0](x, torch.randn(1, 1, 6, d), angles, context, torch.bfloat16, 2)
     size = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
     assert size == pytest.approx(length * (KEPT_D * d + KEPT_F * f), rel=0.15)
 
