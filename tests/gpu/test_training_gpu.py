@@ -55,7 +55,13 @@ def values(entries: list[dict[str, Any]], name: str) -> list[float]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "flags", [(), ("--checkpointing", "block"), ("--checkpointing", "selective")]
+    "flags",
+    [
+        (),
+        ("--checkpointing", "block"),
+        ("--checkpointing", "selective"),
+        ("--temporal-heads", "chosen"),
+    ],
 )
 def test_sla_is_that_of_the_references(data: str, tmp_path: Path, flags: tuple[str, ...]) -> None:
     """At a ratio of 1 and with a linear branch of zeros the student is the teacher at first."""
@@ -80,7 +86,7 @@ def test_distillation_runs_and_stays_finite(data: str, tmp_path: Path, method: s
 @pytest.mark.gpu
 def test_distillation_of_a_sparse_student(data: str, tmp_path: Path) -> None:
     """What SLA has tuned goes on under tangents and through roll-outs."""
-    train(data, tmp_path / "sla", "sla", "--batch", "4")
+    train(data, tmp_path / "sla", "sla", "--batch", "4", "--temporal-heads", "chosen")
     flags = ("--student", str(tmp_path / "sla" / "transformer"), "--joint-ratio", "0.1")
     flags = (*flags, "--warmup", "1", "--student-every", "2", "--batch", "4")
     entries = train(data, tmp_path / "rcm", "rcm", *flags)
