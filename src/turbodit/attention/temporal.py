@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-TemporalHeads = Sequence[Sequence[int]]
-
 
 def check_temporal_heads(heads: Any, layers: int | None = None, count: int | None = None) -> None:
     """Raise a ValueError unless `heads` are lists of different heads, one for each of so many

@@ -47,7 +47,7 @@ def split_tokens(model: WanModel, group: dist.ProcessGroup) -> None:
         assert isinstance(block, Block)
         block.register_forward_pre_hook(split.first_block if index == 0 else split.block)
         op, first = block.self_attn.attn_op, group.rank() * heads // count
-        own = range(first, first + heads // count)
+        own = range(first, first + heads // count)  # heads of this process, which it counts from 0
         op.temporal_heads = tuple(head - first for head in op.temporal_heads if head in own)
         op.register_forward_pre_hook(_to_heads(group))
         op.register_forward_hook(_to_tokens(group))

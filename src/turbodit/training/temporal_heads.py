@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from turbodit.attention import attention_function
+from turbodit.attention import SparseLinearAttention
 from turbodit.attention.dense import sdpa
 from turbodit.attention.temporal import by_frame, by_place
 from turbodit.model.wan import Block, WanModel
@@ -30,7 +30,10 @@ def choose_temporal_heads(
         ask: calls the model as it will be used.
     """
     shape = model.config
-    sparse = attention_function("sla", head_dim=shape.head_dim, **settings)
+    # Untrained, its linear branch adds nothing.
+    sparse = SparseLinearAttention(shape.head_dim, **settings).to(
+        model.patch_embedding.weight.device
+    )
     errors = torch.zeros(shape.num_layers, 2, shape.num_heads)
     with ExitStack() as hooks:
         for block, its_errors in zip(model.blocks, errors, strict=True):
@@ -43,12 +46,10 @@ def choose_temporal_heads(
     return [layer.nonzero().flatten().tolist() for layer in by_places < by_frames]
 
 
-def _measure(sparse: Any, errors: torch.Tensor) -> Any:
+def _measure(sparse: SparseLinearAttention, errors: torch.Tensor) -> Any:
     """A hook that adds to errors (2, H), frame by frame and place by place."""
 
     def hook(op: torch.nn.Module, qkv: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
-        if isinstance(sparse, torch.nn.Module):
-            sparse.to(qkv[0].device)
         q, k, v = qkv
         dense = sdpa(q, k, v)
         frames, all_heads = kwargs["frames"], range(q.shape[2])
